@@ -1,0 +1,71 @@
+"""Names and payloads in Valkey or Redis shared by the gateway and the control plane. Pure: no Django, no I/O.
+
+Nothing here is a record: all of it may vanish at any time and is made anew within seconds.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypedDict
+
+PREFIX = "assistant:"
+
+# Hints to gateways and consoles (pub/sub). Losing one costs at most a second.
+EVENTS = PREFIX + "events"
+
+USE_LIFE_MS = 10_000  # a gateway may send to an instance only while it holds the use key
+USE_RENEW_S = 3.0
+TELEMETRY_LIFE_MS = 5_000
+TELEMETRY_PERIOD_S = 1.0
+
+
+class RevisionHint(TypedDict):
+    """Something a gateway must know has changed; compare the revision now instead of within a second."""
+
+    type: Literal["revision"]
+
+
+class InstanceTelemetry(TypedDict):
+    """One backend as one gateway sees it."""
+
+    in_flight: int
+    last_byte_s: float | None  # seconds since a byte came from it, None if never
+    last_end_s: float | None  # seconds since a request to it ended, None if never
+
+
+class ModelTelemetry(TypedDict):
+    """One model's queue at one gateway."""
+
+    queued: int
+    oldest_wait_s: float
+
+
+class GatewayTelemetry(TypedDict):
+    """JSON at telemetry_key(gateway), life TELEMETRY_LIFE_MS."""
+
+    gateway: str
+    node: str
+    instances: dict[str, InstanceTelemetry]  # by "<instance id>:<generation>"
+    models: dict[str, ModelTelemetry]  # by model name
+
+
+def use_key(instance_id: int, generation: int, gateway: str) -> str:
+    """Held by a gateway that may send to this instance."""
+    return f"{PREFIX}use:{instance_id}:{generation}:{gateway}"
+
+
+def use_pattern(instance_id: int, generation: int) -> str:
+    """SCAN pattern of every gateway's use key of this instance."""
+    return f"{PREFIX}use:{instance_id}:{generation}:*"
+
+
+def telemetry_key(gateway: str) -> str:
+    """Where a gateway publishes GatewayTelemetry."""
+    return f"{PREFIX}telemetry:{gateway}"
+
+
+TELEMETRY_PATTERN = PREFIX + "telemetry:*"
+
+
+def lease_key(name: str) -> str:
+    """A fenced lease on a periodic job."""
+    return f"{PREFIX}lease:{name}"

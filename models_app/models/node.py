@@ -1,0 +1,31 @@
+"""A machine that runs engines."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from django.db import models
+from django.db.models.functions import Now
+
+
+class Node(models.Model):
+    """One host with a worker on queue node.<name>. Heartbeats live in Valkey; last_seen_at is written now and then."""
+
+    name = models.CharField(max_length=63, unique=True)
+    address = models.CharField(max_length=255, default="127.0.0.1", help_text="Where gateways reach this node's engines.")
+    cordoned = models.BooleanField(default=False, help_text="No new instances are placed here.")
+    boot_id = models.CharField(max_length=36, blank=True, editable=False)
+    cpu_count = models.PositiveIntegerField(null=True, editable=False)
+    memory_bytes = models.BigIntegerField(null=True, editable=False)
+    version = models.CharField(max_length=40, blank=True, editable=False)
+    last_seen_at = models.DateTimeField(null=True, editable=False)
+    created_at = models.DateTimeField(db_default=Now(), editable=False)
+
+    class Meta:
+        ordering: ClassVar = ["name"]
+        constraints: ClassVar = [
+            models.CheckConstraint(condition=~models.Q(name=""), name="node_has_name"),
+        ]
+
+    def __str__(self) -> str:
+        return self.name
