@@ -100,7 +100,8 @@ def run_folder(home: Path) -> Path:
     if len(str(folder / "valkey.sock")) <= MAX_SOCKET_PATH:
         return private_folder(folder)
     digest = hashlib.sha256(str(home).encode()).hexdigest()[:12]
-    return private_folder(Path(os.environ.get("XDG_RUNTIME_DIR") or "/tmp") / f"assistant-{os.getuid()}-{digest}")
+    short = Path(os.environ.get("XDG_RUNTIME_DIR") or "/tmp")  # noqa: S108  # private_folder refuses a planted folder
+    return private_folder(short / f"assistant-{os.getuid()}-{digest}")
 
 
 def secret(home: Path, name: str) -> str:

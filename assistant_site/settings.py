@@ -39,7 +39,7 @@ ASSISTANT_LOG_DIR = ASSISTANT_HOME / "logs"
 SECRET_KEY = env.secret(ASSISTANT_HOME, "secret_key")
 DEBUG = False
 ALLOWED_HOSTS = sorted(
-    {"localhost", "127.0.0.1", "[::1]", ASSISTANT_HTTP_ADDR[0], *env.words("ASSISTANT_ALLOWED_HOSTS")} - {"0.0.0.0", "::"}
+    {"localhost", "127.0.0.1", "[::1]", ASSISTANT_HTTP_ADDR[0], *env.words("ASSISTANT_ALLOWED_HOSTS")} - {"0.0.0.0", "::"}  # noqa: S104  # names, nothing is bound here
 )
 CSRF_TRUSTED_ORIGINS = env.words("ASSISTANT_TRUSTED_ORIGINS")
 
