@@ -36,6 +36,13 @@ ASSISTANT_SPOOL_DIR = ASSISTANT_HOME / "spool"
 ASSISTANT_INSTANCES_DIR = ASSISTANT_HOME / "instances"
 ASSISTANT_LOG_DIR = ASSISTANT_HOME / "logs"
 
+ASSISTANT_ENGINE_PORTS = (20000, 29999)  # loopback ports of engines; below the kernel's ephemeral range
+ASSISTANT_ENGINE_DRAIN_S = 30  # seconds a stopping engine's requests get to end
+ASSISTANT_ENGINE_TERM_S = 5  # seconds between TERM and KILL
+ASSISTANT_ENGINE_LOG_BYTES = 8 * 1024 * 1024  # of one run of an engine
+ASSISTANT_ENGINE_TRIES = 5  # failures in a row after which an instance is left alone (CRASH_LOOP)
+ASSISTANT_STOPPED_KEPT = 20  # ended instances kept per model, with their logs
+
 SECRET_KEY = env.secret(ASSISTANT_HOME, "secret_key")
 DEBUG = False
 ALLOWED_HOSTS = sorted(
@@ -161,12 +168,25 @@ SECURE_CONTENT_TYPE_NOSNIFF = True
 X_FRAME_OPTIONS = "DENY"
 
 REST_FRAMEWORK = {
+    "DEFAULT_AUTHENTICATION_CLASSES": [
+        "models_app.api.authentication.KeyAuthentication",  # first: its challenge is what a 401 carries
+        "rest_framework.authentication.SessionAuthentication",
+    ],
+    "DEFAULT_PERMISSION_CLASSES": ["models_app.api.permissions.MayAdminister"],
+    "DEFAULT_RENDERER_CLASSES": ["rest_framework.renderers.JSONRenderer"],
+    "DEFAULT_PARSER_CLASSES": ["rest_framework.parsers.JSONParser"],
+    "DEFAULT_PAGINATION_CLASS": "models_app.api.listing.Pages",
+    "DEFAULT_FILTER_BACKENDS": ["models_app.api.listing.QueryFilter", "rest_framework.filters.OrderingFilter"],
     "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
+    "EXCEPTION_HANDLER": "models_app.api.errors.handle",
 }
 SPECTACULAR_SETTINGS = {
     "TITLE": "Assistant admin API",
+    "DESCRIPTION": "Operate the platform: models, processes, keys. Use a session of the admin, or a key with the scope admin.",
     "VERSION": VERSION,
     "SERVE_INCLUDE_SCHEMA": False,
+    "SCHEMA_PATH_PREFIX": r"/api/v1/",
+    "COMPONENT_SPLIT_REQUEST": True,
     "SWAGGER_UI_DIST": "SIDECAR",
     "SWAGGER_UI_FAVICON_HREF": "SIDECAR",
     "REDOC_DIST": "SIDECAR",

@@ -6,7 +6,8 @@ The text of a key exists in the return value of create_key and nowhere else: onl
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable, Sequence
+import enum
+from collections.abc import Collection, Iterable, Sequence
 from typing import TypedDict, Unpack
 
 from django.contrib.auth.models import User
@@ -34,6 +35,32 @@ class KeyLimits(TypedDict, total=False):
     private: bool
 
 
+class KeyChanges(KeyLimits, total=False):
+    """What may be changed of a key that exists."""
+
+    name: str
+    scopes: list[str]
+    models: list[str]
+
+
+class KeyStatus(enum.StrEnum):
+    """What a key is worth now, in one word."""
+
+    ACTIVE = "active"
+    EXPIRED = "expired"
+    REVOKED = "revoked"
+    USER_INACTIVE = "user inactive"
+
+
+def status_of(key: APIKey) -> KeyStatus:
+    """Needs key.user at hand (select_related)."""
+    if key.revoked_at is not None:
+        return KeyStatus.REVOKED
+    if key.expires_at is not None and key.expires_at <= timezone.now():
+        return KeyStatus.EXPIRED
+    return KeyStatus.ACTIVE if key.user.is_active else KeyStatus.USER_INACTIVE
+
+
 def create_key(
     user: User,
     name: str,
@@ -57,7 +84,11 @@ def create_key(
         models=list(dict.fromkeys(models)),
         **limits,
     )
-    check_key(key, actor=actor)
+    if not user.is_active:
+        raise ValidationError({"user": f"User {user.get_username()} is deactivated; a key of theirs would be refused."})
+    if key.expires_at is not None and key.expires_at <= timezone.now():
+        raise ValidationError({"expires_at": "This lies in the past; the key would be expired from the start."})
+    check_key(key, {"name", "scopes", "models"}, actor=actor)
     try:
         with transaction.atomic():
             key.save(force_insert=True)
@@ -68,18 +99,28 @@ def create_key(
     return key, secret.text
 
 
-def check_key(key: APIKey, *, actor: User | None) -> None:
-    """Everything that must hold of a key before it is saved. Raises ValidationError with a dict by field name."""
-    if not key.user.is_active:
-        raise ValidationError({"user": f"User {key.user.get_username()} is deactivated; a key of theirs would be refused."})
-    check_scopes(key.user, key.scopes, actor=actor)
-    check_models(key.models)
-    namesakes = APIKey.objects.filter(user=key.user, name=key.name, revoked_at__isnull=True).exclude(pk=key.pk)
-    if key.name and namesakes.exists():
-        raise ValidationError({"name": NAME_TAKEN.format(name=key.name)})
+def change_key(key: APIKey, *, actor: User | None = None, **changes: Unpack[KeyChanges]) -> APIKey:
+    """Change what is given and nothing else. Raises ValidationError with a dict by field name; a revoked key stays as it was."""
+    if key.revoked_at is not None:
+        raise ValidationError("This key is revoked; make a new one instead.")
+    for field, value in changes.items():
+        setattr(key, field, value)
+    check_key(key, changes.keys(), actor=actor)
+    key.save(update_fields=list(changes))
+    return key
+
+
+def check_key(key: APIKey, fields: Collection[str], *, actor: User | None) -> None:
+    """What must hold of a key before these fields of it are saved. Raises ValidationError with a dict by field name."""
+    if "scopes" in fields:
+        check_scopes(key.user, key.scopes, actor=actor)
+    if "models" in fields:
+        check_models(key.models)
+    if "name" in fields:
+        namesakes = APIKey.objects.filter(user=key.user, name=key.name, revoked_at__isnull=True).exclude(pk=key.pk)
+        if namesakes.exists():
+            raise ValidationError({"name": NAME_TAKEN.format(name=key.name)})
     key.full_clean(exclude={"public_id", "digest"})
-    if key.expires_at is not None and key.expires_at <= timezone.now() and key.pk is None:
-        raise ValidationError({"expires_at": "This lies in the past; the key would be expired from the start."})
 
 
 def check_scopes(user: User, scopes: Sequence[str], *, actor: User | None) -> None:

@@ -1,0 +1,207 @@
+"""JSON shapes. Rules that concern more than one field are the services' (model_rules, keys), asked before saving."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, ClassVar, Generic, TypeVar
+
+from django.conf import settings
+from django.contrib.auth.models import User
+from django.db.models import Model
+from drf_spectacular.utils import extend_schema_field
+from rest_framework import serializers
+
+from models_app import keys, model_rules, model_status
+from models_app.api.fields import IdOrName, ObjectField
+from models_app.contracts import secret_box
+from models_app.models import APIKey, Instance, ModelAlias, ModelConfig, Node, RemoteServer, UsageEvent
+from models_app.models.api_key import default_scopes
+
+M = TypeVar("M", bound=Model)
+
+
+class CheckedSerializer(serializers.ModelSerializer[M], Generic[M]):
+    """Checks the whole row, database constraints included, before it is written."""
+
+    def validate(self, attrs: dict[str, Any]) -> dict[str, Any]:
+        model: Any = self.Meta.model
+        row = copy.copy(self.instance) if self.instance else model()
+        for name, value in attrs.items():
+            setattr(row, name, value)
+        row.full_clean()
+        self.check_row(row)
+        return attrs
+
+    def check_row(self, row: Any) -> None:
+        """Raise ValidationError where the row breaks a rule beyond its own fields and constraints."""
+
+
+class ModelSerializer(CheckedSerializer[ModelConfig]):
+    """A model that is served, as the administrator wants it, with how it is doing."""
+
+    extra_args = ObjectField(required=False, help_text="Further engine settings by name, from the engine's allow-list.")
+    aliases: serializers.Field[Any, Any, Any, Any] = serializers.SlugRelatedField(many=True, read_only=True, slug_field="name")
+    state = serializers.SerializerMethodField()
+    ready_replicas = serializers.SerializerMethodField()
+    reason = serializers.SerializerMethodField()
+
+    class Meta:
+        model = ModelConfig
+        settings_fields: ClassVar = [
+            "name", "engine", "chat_model_path", "embedding_model_path", "tts_model_path", "prompt_template", "ctx_size",
+            "batch_size", "slots", "threads", "gpu_layers", "extra_args", "min_replicas", "max_replicas", "idle_timeout_s",
+            "pinned", "priority", "enabled", "port",
+        ]  # fmt: skip
+        fields: ClassVar = ["id", *settings_fields, "aliases", "state", "ready_replicas", "reason", "created_at", "updated_at"]
+        read_only_fields: ClassVar = ["created_at", "updated_at"]
+
+    def check_row(self, row: ModelConfig) -> None:
+        model_rules.check_model(row)
+
+    @extend_schema_field(serializers.ChoiceField(choices=[condition.value for condition in model_status.Condition]))
+    def get_state(self, model: ModelConfig) -> str:
+        return model_status.status_of(model).condition.value
+
+    def get_ready_replicas(self, model: ModelConfig) -> int:
+        return model_status.status_of(model).ready
+
+    def get_reason(self, model: ModelConfig) -> str:
+        """Why it is not ready, in one sentence; empty where nothing failed."""
+        return model_status.status_of(model).reason
+
+
+class ModelAliasSerializer(CheckedSerializer[ModelAlias]):
+    """Another name for a model. `model` takes the model's id or name."""
+
+    model = IdOrName(queryset=ModelConfig.objects.all())
+    model_name = serializers.CharField(source="model.name", read_only=True)
+
+    class Meta:
+        model = ModelAlias
+        fields: ClassVar = ["id", "name", "model", "model_name"]
+
+    def check_row(self, row: ModelAlias) -> None:
+        model_rules.check_alias(row)
+
+
+class InstanceSerializer(serializers.ModelSerializer[Instance]):
+    """One engine process: what is observed of it."""
+
+    node_name = serializers.CharField(source="node.name", read_only=True)
+
+    class Meta:
+        model = Instance
+        fields: ClassVar = [
+            "id", "model", "model_name", "node", "node_name", "engine", "state", "generation", "slots", "ctx_size", "port", "pid",
+            "shim_pid", "created_at", "state_changed_at", "started_at", "ready_at", "deadline_at", "failures", "next_attempt_at",
+            "exit_code", "exit_signal", "exit_reason", "exit_log", "exited_at", "peak_memory_bytes",
+        ]  # fmt: skip
+        read_only_fields: ClassVar = fields
+
+
+class NodeSerializer(serializers.ModelSerializer[Node]):
+    """A machine that runs engines. Only `cordoned` may be changed."""
+
+    class Meta:
+        model = Node
+        fields: ClassVar = [
+            "id", "name", "address", "cordoned", "boot_id", "cpu_count", "memory_bytes", "version", "last_seen_at", "created_at",
+        ]  # fmt: skip
+        read_only_fields: ClassVar = [field for field in fields if field != "cordoned"]
+
+
+class RemoteServerSerializer(CheckedSerializer[RemoteServer]):
+    """Another server that answers for some models. `secret` is written, never read."""
+
+    models = ObjectField(required=False, help_text='Model names here and their names there: {"ours": "theirs"}.')
+    secret = serializers.CharField(write_only=True, required=False, allow_blank=True, max_length=4096, trim_whitespace=True)
+    has_secret = serializers.SerializerMethodField()
+
+    class Meta:
+        model = RemoteServer
+        fields: ClassVar = [
+            "id", "name", "kind", "address", "models", "weight", "enabled", "max_in_flight", "secret", "has_secret",
+            "created_at", "updated_at",
+        ]  # fmt: skip
+        read_only_fields: ClassVar = ["created_at", "updated_at"]
+
+    def get_has_secret(self, remote: RemoteServer) -> bool:
+        return bool(remote.secret)
+
+    def validate(self, attrs: dict[str, Any]) -> dict[str, Any]:
+        if "secret" in attrs:
+            attrs["secret"] = secret_box.seal(settings.SECRET_KEY, attrs["secret"])
+        return super().validate(attrs)
+
+    def check_row(self, row: RemoteServer) -> None:
+        model_rules.check_remote_server(row)
+
+
+class KeySerializer(serializers.ModelSerializer[APIKey]):
+    """A key without its text. `user` takes the user's id or name and cannot be changed later."""
+
+    user = IdOrName(queryset=User.objects.all(), name_field="username")
+    username = serializers.CharField(source="user.username", read_only=True)
+    scopes = serializers.ListField(child=serializers.CharField(), default=default_scopes, help_text="inference, admin.")
+    models = serializers.ListField(child=serializers.CharField(), default=list, help_text="Names; empty allows every model.")
+    status = serializers.SerializerMethodField()
+
+    class Meta:
+        model = APIKey
+        settings_fields: ClassVar = [
+            "name", "scopes", "models", "expires_at", "rpm", "tpm", "parallel", "monthly_tokens", "priority", "weight", "private",
+        ]  # fmt: skip
+        fields: ClassVar = [
+            "id", "user", "username", *settings_fields, "public_id", "status", "revoked_at", "last_used_at", "created_at",
+        ]  # fmt: skip
+        read_only_fields: ClassVar = ["public_id", "revoked_at", "last_used_at", "created_at"]
+        validators: ClassVar[list[Any]] = []  # keys.check_key speaks for the unique name, which holds among unrevoked keys only
+
+    @extend_schema_field(serializers.ChoiceField(choices=[status.value for status in keys.KeyStatus]))
+    def get_status(self, key: APIKey) -> str:
+        return keys.status_of(key).value
+
+    def get_fields(self) -> dict[str, serializers.Field[Any, Any, Any, Any]]:
+        fields = super().get_fields()
+        if self.instance is not None:
+            fields["user"].read_only = True
+        return fields
+
+    def create(self, validated_data: dict[str, Any]) -> APIKey:
+        """Makes the key and leaves its text in self.key_text for the one answer that shows it."""
+        key, self.key_text = keys.create_key(**validated_data, actor=self.context["request"].user)
+        return key
+
+    def update(self, instance: APIKey, validated_data: dict[str, Any]) -> APIKey:
+        return keys.change_key(instance, actor=self.context["request"].user, **validated_data)
+
+
+class NewKeySerializer(KeySerializer):
+    """The answer to a creation: with the key's text, this once."""
+
+    key = serializers.CharField(read_only=True, help_text="The key itself. It is shown this once and stored nowhere.")
+
+    class Meta(KeySerializer.Meta):
+        fields: ClassVar = ["key", *KeySerializer.Meta.fields]
+
+
+class UserSerializer(serializers.ModelSerializer[User]):
+    """An account, as far as choosing a key's owner needs it."""
+
+    class Meta:
+        model = User
+        fields: ClassVar = ["id", "username", "email", "is_active", "is_staff", "is_superuser", "date_joined", "last_login"]
+        read_only_fields: ClassVar = fields
+
+
+class RequestSerializer(serializers.ModelSerializer[UsageEvent]):
+    """One request and what it used. A null count was not reported, which is not zero."""
+
+    class Meta:
+        model = UsageEvent
+        fields: ClassVar = [
+            "id", "request_id", "started_at", "user", "user_name", "key", "key_public_id", "model_name", "backend", "endpoint",
+            "stream", "status", "end_reason", "error_code", "prompt_tokens", "cached_tokens", "completion_tokens", "queue_ms",
+            "first_token_ms", "total_ms", "gateway",
+        ]  # fmt: skip
+        read_only_fields: ClassVar = fields

@@ -1,0 +1,183 @@
+"""Resources and their actions. A view finds the row and calls one service; writes about what should run ask for a reconcile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from django.contrib.auth.models import User
+from django.db.models import Model
+from drf_spectacular.utils import extend_schema
+from rest_framework import mixins, status, viewsets
+from rest_framework.decorators import action
+from rest_framework.request import Request
+from rest_framework.response import Response
+from rest_framework.serializers import BaseSerializer
+
+from models_app import keys, model_status, operations, tasks
+from models_app.api import serializers
+from models_app.api.listing import NewestFirst
+from models_app.api.permissions import MayOperate
+from models_app.models import APIKey, Instance, ModelAlias, ModelConfig, Node, RemoteServer, UsageEvent
+
+NO_STORE = {"Cache-Control": "no-store"}
+
+
+def operate(**kwargs: Any) -> Callable[[Any], Any]:
+    """An action on one item: POST without a body, the “change” permission."""
+    return action(detail=True, methods=["post"], permission_classes=[MayOperate], **kwargs)
+
+
+class ReconcilingMixin:
+    """Every write asks for a reconcile once it is committed."""
+
+    def perform_create(self, serializer: BaseSerializer[Any]) -> None:
+        serializer.save()
+        tasks.request_reconcile()
+
+    def perform_update(self, serializer: BaseSerializer[Any]) -> None:
+        serializer.save()
+        tasks.request_reconcile()
+
+    def perform_destroy(self, instance: Model) -> None:
+        instance.delete()
+        tasks.request_reconcile()
+
+
+class ModelViewSet(ReconcilingMixin, viewsets.ModelViewSet[ModelConfig]):
+    """Models that are served. start and stop change `enabled`; restart replaces the running processes."""
+
+    queryset = model_status.with_current_instances(ModelConfig.objects.all()).prefetch_related("aliases")
+    serializer_class = serializers.ModelSerializer
+    filter_fields: ClassVar = {"name": "name", "engine": "engine", "enabled": "enabled", "pinned": "pinned"}
+    ordering_fields: ClassVar = ["id", "name", "priority", "created_at", "updated_at"]
+
+    @extend_schema(request=None)
+    @operate()
+    def start(self, request: Request, pk: str) -> Response:
+        """Enable the model; its processes start as soon as a worker sees it."""
+        return self._operate(operations.start_model)
+
+    @extend_schema(request=None)
+    @operate()
+    def stop(self, request: Request, pk: str) -> Response:
+        """Disable the model; running requests may end first."""
+        return self._operate(operations.stop_model)
+
+    @extend_schema(request=None)
+    @operate()
+    def restart(self, request: Request, pk: str) -> Response:
+        """Replace every process of the model; a crash loop is forgotten."""
+        return self._operate(operations.restart_model)
+
+    def _operate(self, operation: Callable[[ModelConfig], Any]) -> Response:
+        operation(self.get_object())
+        tasks.request_reconcile()
+        return Response(self.get_serializer(self.get_object()).data, status=status.HTTP_202_ACCEPTED)
+
+
+class ModelAliasViewSet(ReconcilingMixin, viewsets.ModelViewSet[ModelAlias]):
+    """Other names of models."""
+
+    queryset = ModelAlias.objects.select_related("model")
+    serializer_class = serializers.ModelAliasSerializer
+    filter_fields: ClassVar = {"name": "name", "model": "model", "model_name": "model__name"}
+    ordering_fields: ClassVar = ["id", "name"]
+
+
+class InstanceViewSet(viewsets.ReadOnlyModelViewSet[Instance]):
+    """Engine processes. They follow from models; one can be restarted or stopped."""
+
+    queryset = Instance.objects.select_related("node")
+    serializer_class = serializers.InstanceSerializer
+    filter_fields: ClassVar = {
+        "state": "state", "model": "model", "model_name": "model_name", "node": "node", "node_name": "node__name",
+        "engine": "engine",
+    }  # fmt: skip
+    ordering_fields: ClassVar = ["id", "model_name", "state", "state_changed_at", "created_at"]
+
+    @extend_schema(request=None)
+    @operate()
+    def restart(self, request: Request, pk: str) -> Response:
+        """End this process and start another generation of it."""
+        return self._operate(operations.restart_instance)
+
+    @extend_schema(request=None)
+    @operate()
+    def stop(self, request: Request, pk: str) -> Response:
+        """End this process for good; the model gets another if it wants one."""
+        return self._operate(operations.stop_instance)
+
+    def _operate(self, operation: Callable[[Instance], Any]) -> Response:
+        operation(self.get_object())
+        tasks.request_reconcile()
+        return Response(self.get_serializer(self.get_object()).data, status=status.HTTP_202_ACCEPTED)
+
+
+class NodeViewSet(ReconcilingMixin, mixins.UpdateModelMixin, viewsets.ReadOnlyModelViewSet[Node]):
+    """Machines that run engines. PATCH `cordoned` to keep new processes off one."""
+
+    queryset = Node.objects.all()
+    serializer_class = serializers.NodeSerializer
+    http_method_names = ["get", "head", "options", "patch"]  # noqa: RUF012  # an instance variable to Django's types
+    filter_fields: ClassVar = {"name": "name", "cordoned": "cordoned"}
+    ordering_fields: ClassVar = ["id", "name", "last_seen_at"]
+
+
+class RemoteServerViewSet(viewsets.ModelViewSet[RemoteServer]):
+    """Other servers that answer for some models."""
+
+    queryset = RemoteServer.objects.all()
+    serializer_class = serializers.RemoteServerSerializer
+    filter_fields: ClassVar = {"name": "name", "kind": "kind", "enabled": "enabled"}
+    ordering_fields: ClassVar = ["id", "name", "weight", "created_at"]
+
+
+class KeyViewSet(mixins.CreateModelMixin, mixins.UpdateModelMixin, viewsets.ReadOnlyModelViewSet[APIKey]):
+    """Keys of people and services. They are revoked, never deleted: what used them stays readable."""
+
+    queryset = APIKey.objects.select_related("user")
+    serializer_class = serializers.KeySerializer
+    http_method_names = ["get", "head", "options", "post", "patch"]  # noqa: RUF012
+    filter_fields: ClassVar = {"name": "name", "user": "user", "username": "user__username", "public_id": "public_id"}
+    ordering_fields: ClassVar = ["id", "name", "expires_at", "last_used_at", "created_at"]
+
+    @extend_schema(responses={201: serializers.NewKeySerializer})
+    def create(self, request: Request, *args: Any, **kwargs: Any) -> Response:
+        """Make a key. Its text is in this answer, once, and stored nowhere."""
+        serializer = serializers.KeySerializer(data=request.data, context=self.get_serializer_context())
+        serializer.is_valid(raise_exception=True)
+        serializer.save()
+        told = {"key": serializer.key_text, **serializer.data}
+        return Response(told, status=status.HTTP_201_CREATED, headers=NO_STORE)
+
+    @extend_schema(request=None)
+    @operate()
+    def revoke(self, request: Request, pk: str) -> Response:
+        """Refuse this key from now on, for good. Gateways know within a second. Repeating it changes nothing."""
+        key = self.get_object()
+        keys.revoke_key(key)
+        return Response(self.get_serializer(key).data)
+
+
+class UserViewSet(viewsets.ReadOnlyModelViewSet[User]):
+    """Accounts, to choose a key's owner from. They are managed in the admin."""
+
+    queryset = User.objects.order_by("id")
+    serializer_class = serializers.UserSerializer
+    filter_fields: ClassVar = {"username": "username", "is_active": "is_active", "is_staff": "is_staff"}
+    ordering_fields: ClassVar = ["id", "username", "date_joined", "last_login"]
+
+
+class RequestViewSet(viewsets.ReadOnlyModelViewSet[UsageEvent]):
+    """What was asked and what it used, newest first."""
+
+    queryset = UsageEvent.objects.all()
+    serializer_class = serializers.RequestSerializer
+    pagination_class = NewestFirst
+    filter_fields: ClassVar = {
+        "request_id": "request_id", "user": "user", "key": "key", "user_name": "user_name", "key_public_id": "key_public_id",
+        "model_name": "model_name", "endpoint": "endpoint", "status": "status", "end_reason": "end_reason", "stream": "stream",
+        "since": "started_at__gte", "until": "started_at__lt",
+    }  # fmt: skip
+    ordering_fields: ClassVar = ["started_at"]
