@@ -27,6 +27,10 @@ class DownloadError(AssistantError):
     """A file could not be fetched or did not match its checksum; nothing half-done is left under its name."""
 
 
+class CatalogError(AssistantError):
+    """A catalogue file is wrong; the message names file, entry and key."""
+
+
 class SecretUnreadable(AssistantError):
     """A secret at rest was written under another secret key."""
 
