@@ -70,7 +70,7 @@ class Peer:
         return bool(self._first)
 
     async def read_request(self) -> SeenRequest:
-        """The next request whole. Raises asyncio.IncompleteReadError or ConnectionError if the client goes away before its end."""
+        """The next request whole. Raises asyncio.IncompleteReadError or ConnectionError if the client goes away first."""
         head = self._first + await self._reader.readuntil(b"\r\n\r\n")
         self._first = b""
         start, *lines = head.decode("latin-1").rstrip("\r\n").split("\r\n")
@@ -171,12 +171,14 @@ class ScriptedUpstream:
         self.notify()
         try:
             await self._converse(peer)
+            writer.close()
+            await _closed(writer)
         except asyncio.CancelledError:
             peer.abort()
+            await _closed(writer)
         finally:
             self.open_connections -= 1
             self.notify()
-            writer.close()
 
     async def _converse(self, peer: Peer) -> None:
         try:
@@ -191,6 +193,11 @@ class ScriptedUpstream:
             return  # the client went away, which is its right
         except Exception as error:  # noqa: BLE001 - kept for the test, which must not pass with a broken script
             self.failures.append(error)
+
+
+async def _closed(writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(ConnectionError, ssl.SSLError):
+        await writer.wait_closed()
 
 
 # --- bytes for scripts -------------------------------------------------------------------------------------------------
