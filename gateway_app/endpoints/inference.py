@@ -1,0 +1,265 @@
+"""Chat completions and completions: key → body → model → limits → slot → backend → answer → usage, streamed or not.
+
+A backend that fails before the first byte is left for another, at most twice and never for the same one. Everything a
+request holds is given back by Exchange.finish in the one `finally` of `handle`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import cast
+
+from gateway_app import errors
+from gateway_app.directory import Directory
+from gateway_app.endpoints import waiting
+from gateway_app.endpoints.body import Call, parse
+from gateway_app.endpoints.exchange import Exchange
+from gateway_app.endpoints.http import ClientGone, Request
+from gateway_app.endpoints.interruption import Reason
+from gateway_app.endpoints.relay import Patience, SlowReaders, StreamAborted
+from gateway_app.keys import KeyRecord, Keys
+from gateway_app.limits import Limits
+from gateway_app.metering import Meter
+from gateway_app.routing.backends import Backend, Model
+from gateway_app.routing.slots import Slots
+from gateway_app.sse import StreamScanner, read_usage, splice_model
+from gateway_app.upstream.http import ConnectFailed, UpstreamBroken, UpstreamFailure, UpstreamPool, UpstreamResponse
+
+logger = logging.getLogger(__name__)
+
+TRIES = 3
+MAX_ANSWER = 64 * 1024 * 1024  # bytes of a plain answer
+MAX_ERROR = 64 * 1024  # bytes of an engine's error that are read
+_DONE = b"data: [DONE]\n\n"
+_ELSEWHERE = frozenset({429, 500, 502, 503, 504})  # of a backend that another one may not have
+_ACCEPT_JSON = (b"accept", b"application/json")
+_ACCEPT_STREAM = (b"accept", b"text/event-stream")
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the endpoints work with. directory: the one in use now. unreachable: told of a backend that nothing listens at."""
+
+    directory: Callable[[], Directory]
+    keys: Keys
+    limits: Limits
+    meter: Meter
+    slots: Slots
+    pool: UpstreamPool
+    readers: SlowReaders
+    patience: Patience
+    unreachable: Callable[[Backend], None]
+    max_body: int  # bytes
+    max_wait_s: float
+
+
+class Inference:
+    """One endpoint that models answer."""
+
+    def __init__(self, parts: Parts, endpoint: str) -> None:
+        self._parts = parts
+        self._endpoint = endpoint
+
+    async def handle(self, request: Request) -> None:
+        """Answer. Raises ApiError where nothing was sent yet, ClientGone, and StreamAborted where something was."""
+        exchange = await self._admit(request)
+        try:
+            await self._serve(exchange)
+        except asyncio.CancelledError:
+            reason = exchange.interruption.reason
+            if reason is None:
+                exchange.failed(0, "error", "gateway_stopped")
+                raise
+            _uncancel()
+            if reason is Reason.CLIENT_GONE:
+                exchange.failed(0, "client_gone", "")
+                raise ClientGone from None
+            exchange.failed(0, "error", "slow_reader")
+            raise StreamAborted("The client stopped reading.") from None
+        except errors.ApiError as error:
+            exchange.failed(error.status, "error", error.code or "")
+            if exchange.outlet is None or not exchange.committed:
+                raise
+            exchange.interruption.close()
+            await exchange.outlet.write(error.event())
+            raise StreamAborted(error.message) from None
+        finally:
+            exchange.finish()
+
+    async def _admit(self, request: Request) -> Exchange:
+        parts = self._parts
+        key = await parts.keys.authenticate(request.headers)
+        call = parse(await request.body(parts.max_body), self._endpoint)
+        model = self._model(call, key)
+        return Exchange(
+            request, key, call, model, self._endpoint,
+            limits=parts.limits, meter=parts.meter, slots=parts.slots, readers=parts.readers, patience=parts.patience,
+        )  # fmt: skip
+
+    def _model(self, call: Call, key: KeyRecord) -> Model:
+        directory = self._parts.directory()
+        model = directory.names.get(call.model)
+        if model is None or not key.allows(call.model, model.name):
+            raise errors.model_not_found(call.model)
+        if self._endpoint not in model.endpoints:
+            able = [name for name, other in directory.models.items() if self._endpoint in other.endpoints and key.allows(name)]
+            raise errors.unsupported_endpoint(self._endpoint, call.model, sorted(able)[:20])
+        return model
+
+    async def _serve(self, exchange: Exchange) -> None:
+        attempt = self._plain if exchange.outlet is None else self._stream
+        for tries_left in reversed(range(TRIES)):
+            await self._seat(exchange)
+            refused = False
+            try:
+                await attempt(exchange)
+                return
+            except UpstreamFailure as failure:
+                refused = isinstance(failure, ConnectFailed)
+                error = errors.upstream_error()
+                logger.warning("%s failed before its first byte: %s", exchange.outcome.backend, failure)
+            except errors.ApiError as answer:
+                if exchange.begun or answer.status not in _ELSEWHERE:
+                    raise
+                error = answer
+                logger.warning("%s refused: %d %s", exchange.outcome.backend, answer.status, answer.code)
+            backend = exchange.give_up_backend()
+            if refused:
+                self._parts.unreachable(backend)
+            if not tries_left or not self._another(exchange, refused):
+                raise error
+
+    async def _seat(self, exchange: Exchange) -> None:
+        """A slot at a backend that has not failed this request, now or in turn."""
+        parts, endpoint, excluded = self._parts, self._endpoint, exchange.excluded
+        model = exchange.model
+        if excluded:
+            model = exchange.model = self._model(exchange.call, exchange.key)  # there may be new backends by now
+        offer = parts.slots.take(model, endpoint, excluded)
+        if offer is None:
+            if model.failure is not None:
+                raise waiting.failed(model, exchange.key)
+            until = waiting.deadline(exchange.request, exchange.call.stream, parts.max_wait_s)
+            offer = await waiting.wait_for_slot(parts.slots, model, endpoint, excluded, until, exchange.key)
+        exchange.seat(offer)
+
+    def _another(self, exchange: Exchange, refused: bool) -> bool:
+        """Whether a further try makes sense. A process that is not there is being restarted, and worth waiting for; one that
+        broke with this request in its hands is not: it might break the next one too.
+        """
+        model = self._parts.directory().models.get(exchange.model.name)
+        if model is None:
+            return False
+        offers = model.offers.get(self._endpoint, ())
+        return (refused and model.local) or any(offer.backend not in exchange.excluded for offer in offers)
+
+    async def _send(self, exchange: Exchange) -> UpstreamResponse:
+        """The head of a good answer. Raises UpstreamFailure, or what the engine refused with, translated."""
+        offer, call = exchange.offer, exchange.call
+        assert offer is not None
+        backend = offer.backend
+        headers = (
+            *backend.headers,
+            _ACCEPT_STREAM if call.stream else _ACCEPT_JSON,
+            (b"x-request-id", exchange.request.shown_id),
+        )
+        body = call.body_for(offer.model_name)
+        response = await self._parts.pool.send(backend.origin, b"POST", backend.targets[self._endpoint], headers, body)
+        exchange.response = response
+        if response.status != 200:
+            raise errors.from_engine(response.status, _error_member(await response.read(MAX_ERROR)))
+        return response
+
+    async def _plain(self, exchange: Exchange) -> None:
+        response = await self._send(exchange)
+        body = await response.read(MAX_ANSWER)
+        now = time.monotonic()
+        exchange.saw_bytes(now)
+        if b'"choices"' not in body:
+            raise errors.from_engine(200, _error_member(body))
+        exchange.begun = True
+        exchange.first_at = now
+        exchange.outcome.usage, finish_reason = read_usage(body)
+        exchange.interruption.close()
+        await exchange.request.answer(splice_model(body, exchange.call.model))
+        exchange.completed(finish_reason)
+
+    async def _stream(self, exchange: Exchange) -> None:
+        response = await self._send(exchange)
+        scanner = StreamScanner(exchange.call.model, exchange.call.wants_usage)
+        async with aclosing(cast(AsyncGenerator[bytes, None], response.chunks())) as chunks:
+            first = await _first_event(scanner, chunks)
+            exchange.begun = True
+            try:
+                await self._relay(exchange, scanner, chunks, first)
+            except UpstreamBroken as failure:
+                logger.warning("%s broke off in the middle of a stream: %s", exchange.outcome.backend, failure)
+                raise errors.upstream_stream_interrupted() from None
+            finally:
+                exchange.outcome.usage = scanner.usage
+
+    async def _relay(self, exchange: Exchange, scanner: StreamScanner, chunks: AsyncGenerator[bytes, None], out: bytes) -> None:
+        """Pass events on until [DONE]. Raises UpstreamBroken where it never comes, and the engine's own error."""
+        outlet = exchange.outlet
+        assert outlet is not None
+        while True:
+            exchange.saw_bytes(time.monotonic())
+            if exchange.first_at is None and scanner.saw_content:
+                exchange.first_at = time.monotonic()
+                outlet.content_flows()
+            if scanner.done:
+                break
+            if out:
+                await outlet.write(out)
+            if scanner.error is not None:
+                raise errors.from_engine(200, scanner.error)
+            data = await anext(chunks, None)
+            if data is None:
+                out = scanner.finish()
+                if not scanner.done:
+                    if scanner.finish_reason is None and not scanner.overflowed:
+                        raise UpstreamBroken("the stream ended without a finish")
+                    out += _DONE  # it ended properly and only forgot to say so
+                break
+            out = scanner.feed(data)
+        exchange.interruption.close()
+        outlet.content_flows()
+        await outlet.write(out, last=True)
+        exchange.completed(scanner.finish_reason)
+
+
+async def _first_event(scanner: StreamScanner, chunks: AsyncGenerator[bytes, None]) -> bytes:
+    """What to relay once the first event is whole. Raises UpstreamBroken where none comes, else the error if it is one."""
+    held = b""
+    async for data in chunks:
+        held += scanner.feed(data)
+        if scanner.saw_event:
+            break
+    else:
+        held += scanner.finish()
+    if scanner.error is not None and not held:
+        raise errors.from_engine(200, scanner.error)
+    if not scanner.saw_event:
+        raise UpstreamBroken("the stream ended before its first event")
+    return held
+
+
+def _error_member(body: bytes) -> object:
+    """What an engine's answer has as "error"; the whole of it, as a text, if it is no JSON object."""
+    try:
+        parsed = json.loads(body)
+    except (ValueError, RecursionError):
+        return body.decode("utf-8", "replace")
+    return parsed.get("error") if isinstance(parsed, dict) else None
+
+
+def _uncancel() -> None:
+    task = asyncio.current_task()
+    if task is not None:
+        task.uncancel()
