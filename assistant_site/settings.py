@@ -9,6 +9,7 @@ from urllib.parse import quote
 import dj_database_url
 
 from assistant_site import env
+from assistant_site.admin_site import UNFOLD as UNFOLD  # a setting of its own
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 VERSION = "0.1.0"

@@ -74,29 +74,32 @@ def create_key(
 
     actor: who asks, None for whoever owns the machine (a command). Raises ValidationError with a dict by field name.
     """
-    secret = key_material.generate()
-    key = APIKey(
-        user=user,
-        name=name,
-        public_id=secret.public_id,
-        digest=secret.digest,
-        scopes=list(dict.fromkeys(scopes)),
-        models=list(dict.fromkeys(models)),
-        **limits,
-    )
-    if not user.is_active:
-        raise ValidationError({"user": f"User {user.get_username()} is deactivated; a key of theirs would be refused."})
+    key = APIKey(user=user, name=name, scopes=list(dict.fromkeys(scopes)), models=list(dict.fromkeys(models)), **limits)
+    check_new_key(key, actor=actor)
+    return key, save_new_key(key)
+
+
+def check_new_key(key: APIKey, *, actor: User | None) -> None:
+    """What must hold of a key before save_new_key. Raises ValidationError with a dict by field name."""
+    if not key.user.is_active:
+        raise ValidationError({"user": f"User {key.user.get_username()} is deactivated; a key of theirs would be refused."})
     if key.expires_at is not None and key.expires_at <= timezone.now():
         raise ValidationError({"expires_at": "This lies in the past; the key would be expired from the start."})
     check_key(key, {"name", "scopes", "models"}, actor=actor)
+
+
+def save_new_key(key: APIKey) -> str:
+    """Give a checked, unsaved key its secret and save it. The text returned cannot be had again."""
+    secret = key_material.generate()
+    key.public_id, key.digest = secret.public_id, secret.digest
     try:
         with transaction.atomic():
             key.save(force_insert=True)
     except IntegrityError:
         # Somebody else made one of that name between the check and the insert.
-        raise ValidationError({"name": NAME_TAKEN.format(name=name)}) from None
+        raise ValidationError({"name": NAME_TAKEN.format(name=key.name)}) from None
     key.refresh_from_db()
-    return key, secret.text
+    return secret.text
 
 
 def change_key(key: APIKey, *, actor: User | None = None, **changes: Unpack[KeyChanges]) -> APIKey:

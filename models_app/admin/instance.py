@@ -1,0 +1,262 @@
+"""Instances: the engine processes as they are. They follow from models, so nothing is added or edited by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from django import forms
+from django.conf import settings
+from django.contrib import admin, messages
+from django.db.models import QuerySet
+from django.http import HttpRequest, HttpResponse
+from django.template.response import TemplateResponse
+from django.urls import URLPattern, path, reverse
+from django.utils.html import format_html
+from django.utils.safestring import SafeString
+from unfold.contrib.filters.admin import ChoicesDropdownFilter, DropdownFilter, RelatedDropdownFilter
+
+from models_app import operations, run_log, tasks
+from models_app.admin.base import NOTHING, Admin, age, column, confirmed, done, size
+from models_app.exceptions import AssistantError
+from models_app.models import Instance, State
+
+LABELS = {
+    State.PENDING: "info",
+    State.STARTING: "info",
+    State.READY: "success",
+    State.DRAINING: "warning",
+    State.STOPPING: "warning",
+    State.STOPPED: "default",
+    State.FAILED: "danger",
+    State.CRASH_LOOP: "danger",
+}
+TITLES = {
+    State.FAILED: "This process failed and will be tried again",
+    State.CRASH_LOOP: "This process failed too often; nothing is tried any more until you restart it or change the model",
+}
+CARD_LINES = 40
+LINE_CHOICES = (200, 1000, 5000)
+ENDED = "ended"
+ALL = "all"
+
+
+class ShownFilter(DropdownFilter):  # type: ignore[misc]  # unfold has no types
+    """What has not ended, unless asked for."""
+
+    title = "shown"
+    parameter_name = "shown"
+    all_option = None
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
+        return [("", "Current"), (ENDED, "Stopped for good"), (ALL, "All")]
+
+    def queryset(self, request: HttpRequest, instances: QuerySet[Instance]) -> QuerySet[Instance]:
+        if self.value() == ALL or "state__exact" in request.GET:
+            return instances
+        ended = instances.filter(state=State.STOPPED)
+        return ended if self.value() == ENDED else instances.exclude(state=State.STOPPED)
+
+
+@dataclass(frozen=True, slots=True)
+class ExitCard:
+    """The failure as it is shown: what, since when, likely cause with remedy, evidence, what happens next."""
+
+    title: str
+    since: SafeString | str
+    reason: str
+    how: str
+    lines: str
+    next_attempt: SafeString | str
+    failing: bool
+
+
+def exit_card(instance: Instance) -> ExitCard | None:
+    """The card of the last exit, None where this instance never failed and never ended."""
+    state = State(instance.state)
+    if instance.exited_at is None and not instance.exit_reason:
+        return None
+    return ExitCard(
+        title=TITLES.get(state, "Its last process ended"),
+        since=age(instance.exited_at or instance.state_changed_at),
+        reason=instance.exit_reason or "No reason was recorded.",
+        how=exit_in_words(instance),
+        lines="\n".join(instance.exit_log.splitlines()[-CARD_LINES:]),
+        next_attempt=age(instance.next_attempt_at) if state == State.FAILED and instance.next_attempt_at else "",
+        failing=state in TITLES,
+    )
+
+
+def exit_in_words(instance: Instance) -> str:
+    """“exit code 1”, “signal 9”, or nothing."""
+    if instance.exit_signal is not None:
+        return f"signal {instance.exit_signal}"
+    return f"exit code {instance.exit_code}" if instance.exit_code is not None else ""
+
+
+@admin.register(Instance)
+class InstanceAdmin(Admin[Instance]):
+    list_display = ("title", "condition", "since", "pid", "port", "node", "generation", "last_exit", "failures")
+    list_filter = (ShownFilter, ("state", ChoicesDropdownFilter), ("node", RelatedDropdownFilter))
+    list_filter_submit = True
+    list_select_related = ("node",)
+    search_fields = ("model_name",)
+    actions = ("restart_selected", "stop_selected")
+    actions_row = ("restart", "stop")
+    actions_detail = ("restart", "stop")
+    change_form_outer_before_template = "models_app/instance_card.html"
+    fieldsets = (
+        ("Process", {"fields": (("model", "node"), ("condition", "since"), ("pid", "port"), ("generation", "failures"))}),
+        ("Size", {"fields": (("engine", "slots", "ctx_size"), "peak_memory")}),
+        ("Times", {"fields": (("created", "started"), ("ready", "gives_up"))}),
+        ("Shim", {"fields": (("shim_pid", "launch_digest"),), "classes": ("collapse",)}),
+    )
+
+    def has_add_permission(self, request: HttpRequest) -> bool:
+        return False
+
+    def has_change_permission(self, request: HttpRequest, obj: Instance | None = None) -> bool:
+        return False
+
+    def has_delete_permission(self, request: HttpRequest, obj: Instance | None = None) -> bool:
+        return False
+
+    def has_view_permission(self, request: HttpRequest, obj: Instance | None = None) -> bool:
+        return request.user.has_perm("models_app.view_instance") or self.has_operate_permission(request)
+
+    def has_operate_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        """Restart and stop: no form edits an instance, the permission to change it means this."""
+        return request.user.has_perm("models_app.change_instance")
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet[Instance]:
+        instances = super().get_queryset(request).defer("engine_secret")
+        match = request.resolver_match
+        on_list = match is not None and (match.url_name or "").endswith("_changelist")
+        return instances.defer("engine_secret", "exit_log") if on_list else instances
+
+    @column("instance", ordering="model_name", header=True)
+    def title(self, instance: Instance) -> Sequence[str]:
+        return (str(instance), "" if instance.model_id else "its model was deleted")
+
+    @column("state", label=LABELS, ordering="state")
+    def condition(self, instance: Instance) -> tuple[State, str]:
+        state = State(instance.state)
+        return (state, state.value.lower().replace("_", " "))
+
+    @column("since", ordering="state_changed_at")
+    def since(self, instance: Instance) -> SafeString | str:
+        return age(instance.state_changed_at)
+
+    @column("last exit")
+    def last_exit(self, instance: Instance) -> SafeString | str:
+        if not instance.exit_reason:
+            return NOTHING
+        short = instance.exit_reason if len(instance.exit_reason) <= 60 else f"{instance.exit_reason[:57]}…"
+        return format_html('<span title="{}">{}</span>', instance.exit_reason, short)
+
+    @column("peak memory of the last run")
+    def peak_memory(self, instance: Instance) -> str:
+        return size(instance.peak_memory_bytes)
+
+    @column("created")
+    def created(self, instance: Instance) -> SafeString | str:
+        return age(instance.created_at)
+
+    @column("started")
+    def started(self, instance: Instance) -> SafeString | str:
+        return age(instance.started_at)
+
+    @column("ready")
+    def ready(self, instance: Instance) -> SafeString | str:
+        return age(instance.ready_at)
+
+    @column("gives up")
+    def gives_up(self, instance: Instance) -> SafeString | str:
+        return age(instance.deadline_at)
+
+    def changeform_view(
+        self, request: HttpRequest, object_id: str | None = None, form_url: str = "", extra_context: dict[str, Any] | None = None
+    ) -> HttpResponse:
+        instance = self.get_object(request, object_id) if object_id else None
+        card = exit_card(instance) if instance else None
+        context = {**(extra_context or {}), "exit_card": card, "log_runs": run_log.runs(instance.pk) if instance else []}
+        return super().changeform_view(request, object_id, form_url, context)
+
+    def get_urls(self) -> list[URLPattern]:
+        log = path("<int:instance_id>/log/", self.admin_site.admin_view(self.log_view), name="models_app_instance_log")
+        return [log, *super().get_urls()]
+
+    def log_view(self, request: HttpRequest, instance_id: int) -> HttpResponse:
+        """The last lines of one run's log: ?run=<generation>&lines=<count>."""
+        instance = self.row(request, instance_id)
+        runs = run_log.runs(instance.pk)
+        run = _number(request.GET.get("run"), runs[0] if runs else instance.generation)
+        lines = _number(request.GET.get("lines"), LINE_CHOICES[0])
+        context = {
+            **self.admin_site.each_context(request),
+            "title": f"Log of {instance}",
+            "opts": self.opts,
+            "instance": instance,
+            "runs": runs,
+            "run": run,
+            "line_choices": LINE_CHOICES,
+            "lines": lines,
+            "log": run_log.tail(instance.pk, run, lines),
+            "elsewhere": instance.node.name != settings.ASSISTANT_NODE,
+            "running": run == instance.generation and instance.pid is not None and instance.state != State.STOPPED,
+        }
+        return TemplateResponse(request, "models_app/instance_log.html", context)
+
+    @confirmed("Restart", "The process is ended and a new one started in its place.", icon="restart_alt", permission="operate")
+    def restart(self, request: HttpRequest, form: forms.Form, object_id: str) -> HttpResponse:
+        return self._operate(request, object_id, operations.restart_instance, "is being restarted")
+
+    @confirmed(
+        "Stop",
+        "The process is ended for good; running requests may end first. Its model gets another if it wants one.",
+        icon="stop",
+        permission="operate",
+        dangerous=True,
+    )
+    def stop(self, request: HttpRequest, form: forms.Form, object_id: str) -> HttpResponse:
+        return self._operate(request, object_id, operations.stop_instance, "is being stopped")
+
+    def _operate(self, request: HttpRequest, object_id: str, operation: Callable[[Instance], Any], outcome: str) -> HttpResponse:
+        instance = self.row(request, object_id)
+        here = reverse("admin:models_app_instance_change", args=[instance.pk])
+        try:
+            operation(instance)
+        except AssistantError as error:
+            return done(request, f"{instance}: {error}", fallback=here, level=messages.ERROR)
+        tasks.request_reconcile()
+        self.log_change(request, instance, f"{instance} {outcome}")
+        return done(request, f"{instance} {outcome}.", fallback=here)
+
+    @admin.action(description="Restart", permissions=["operate"])
+    def restart_selected(self, request: HttpRequest, instances: QuerySet[Instance]) -> None:
+        self._operate_all(request, instances, operations.restart_instance, "being restarted")
+
+    @admin.action(description="Stop", permissions=["operate"])
+    def stop_selected(self, request: HttpRequest, instances: QuerySet[Instance]) -> None:
+        self._operate_all(request, instances, operations.stop_instance, "being stopped")
+
+    def _operate_all(
+        self, request: HttpRequest, instances: QuerySet[Instance], operation: Callable[[Instance], Any], outcome: str
+    ) -> None:
+        names = []
+        for instance in instances:
+            try:
+                operation(instance)
+            except AssistantError as error:
+                self.message_user(request, f"{instance}: {error}", messages.ERROR)
+            else:
+                names.append(str(instance))
+                self.log_change(request, instance, f"{instance} {outcome}")
+        if names:
+            tasks.request_reconcile()
+            self.message_user(request, f"{outcome.capitalize()}: {', '.join(names)}.", messages.SUCCESS)
+
+
+def _number(raw: str | None, default: int) -> int:
+    return int(raw) if raw is not None and raw.isascii() and raw.isdigit() and len(raw) < 10 else default

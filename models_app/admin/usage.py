@@ -1,0 +1,90 @@
+"""Requests: what was asked and what it used. Read only; never counted, for the table grows without end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.contrib import admin
+from django.db.models import QuerySet
+from django.http import HttpRequest
+from django.utils.safestring import SafeString
+from unfold.contrib.filters.admin import BooleanRadioFilter, ChoicesDropdownFilter, FieldTextFilter, RangeDateTimeFilter
+from unfold.paginator import InfinitePaginator
+
+from models_app.admin.base import NOTHING, Admin, age, column
+from models_app.models import UsageEvent
+
+LABELS = {"ok": "success", "refused": "warning", "error": "danger", "never answered": "default"}
+
+
+@admin.register(UsageEvent)
+class UsageEventAdmin(Admin[UsageEvent]):
+    list_display = (
+        "started", "request_id", "outcome", "model_name", "user_name", "key_prefix", "endpoint", "stream", "tokens", "first",
+        "total", "end_reason",
+    )  # fmt: skip
+    list_filter = (
+        ("started_at", RangeDateTimeFilter),
+        ("model_name", FieldTextFilter),
+        ("user_name", FieldTextFilter),
+        ("end_reason", ChoicesDropdownFilter),
+        ("stream", BooleanRadioFilter),
+    )
+    list_filter_submit = True
+    search_fields = ("request_id",)
+    search_help_text = "Request id, whole"
+    sortable_by = ("started",)
+    paginator = InfinitePaginator
+    list_fullwidth = True
+
+    def has_add_permission(self, request: HttpRequest) -> bool:
+        return False
+
+    def has_change_permission(self, request: HttpRequest, obj: UsageEvent | None = None) -> bool:
+        return False
+
+    def has_delete_permission(self, request: HttpRequest, obj: UsageEvent | None = None) -> bool:
+        return False
+
+    def get_search_results(
+        self, request: HttpRequest, queryset: QuerySet[UsageEvent], search_term: str
+    ) -> tuple[QuerySet[UsageEvent], bool]:
+        """Exact, so that its index serves; Django's “=” compares without case and would read the whole table."""
+        return (queryset.filter(request_id=search_term.strip()) if search_term.strip() else queryset), False
+
+    @column("time", ordering="started_at")
+    def started(self, event: UsageEvent) -> SafeString | str:
+        return age(event.started_at)
+
+    @column("status", label=LABELS)
+    def outcome(self, event: UsageEvent) -> tuple[str, str]:
+        kind = "error" if event.status >= 500 or event.end_reason in ("error", "gateway_lost") else "ok"
+        if 400 <= event.status < 500:
+            kind = "refused"
+        return ("never answered" if event.status == 0 else kind, str(event.status or "none"))
+
+    @column("key")
+    def key_prefix(self, event: UsageEvent) -> str:
+        return f"ast_{event.key_public_id}…" if event.key_public_id else NOTHING
+
+    @column("tokens in → out")
+    def tokens(self, event: UsageEvent) -> str:
+        return f"{_count(event.prompt_tokens)} → {_count(event.completion_tokens)}"
+
+    @column("first token")
+    def first(self, event: UsageEvent) -> str:
+        return _milliseconds(event.first_token_ms)
+
+    @column("total")
+    def total(self, event: UsageEvent) -> str:
+        return _milliseconds(event.total_ms)
+
+
+def _count(tokens: int | None) -> str:
+    return NOTHING if tokens is None else f"{tokens:,}"
+
+
+def _milliseconds(value: Any) -> str:
+    if value is None:
+        return NOTHING
+    return f"{value:.0f} ms" if value < 10_000 else f"{value / 1000:.1f} s"

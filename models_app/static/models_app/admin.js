@@ -1,0 +1,53 @@
+// Assistant's additions to the admin: copy buttons, the one-time key page, the log that stays at its end.
+
+// navigator.clipboard exists on https and localhost only; elsewhere the old way must do.
+async function copyText(text) {
+  if (navigator.clipboard && window.isSecureContext) {
+    await navigator.clipboard.writeText(text);
+    return;
+  }
+  const area = document.createElement("textarea");
+  area.value = text;
+  area.style.position = "fixed";
+  area.style.opacity = "0";
+  document.body.appendChild(area);
+  area.select();
+  document.execCommand("copy");
+  area.remove();
+}
+
+document.addEventListener("click", async (event) => {
+  const button = event.target.closest("[data-copy]");
+  if (!button) return;
+  const source = document.querySelector(button.dataset.copy);
+  await copyText(source.value ?? source.textContent);
+  const label = button.textContent;
+  button.textContent = "Copied";
+  setTimeout(() => { button.textContent = label; }, 1500);
+});
+
+document.addEventListener("DOMContentLoaded", () => {
+  // The key stands in the page once; the examples take it from there. The address becomes the key's own page, so that a
+  // reload shows its prefix and does not post the form again.
+  const secret = document.querySelector("[data-key-text]");
+  if (secret) {
+    for (const example of document.querySelectorAll("[data-key-example]")) {
+      example.textContent = example.textContent.replaceAll("$ASSISTANT_API_KEY", secret.value);
+    }
+    history.replaceState(null, "", secret.dataset.keyPage);
+    secret.select();
+  }
+  toEnd();
+});
+
+// A log opens at its end and stays there while it grows, unless its reader has scrolled up.
+let atEnd = true;
+function toEnd() {
+  const log = document.querySelector("[data-log]");
+  if (log && atEnd) log.scrollTop = log.scrollHeight;
+}
+document.addEventListener("htmx:beforeSwap", () => {
+  const log = document.querySelector("[data-log]");
+  if (log) atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
+});
+document.addEventListener("htmx:afterSettle", toEnd);
