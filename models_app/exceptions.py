@@ -23,6 +23,10 @@ class SpawnError(AssistantError):
     """The shim could not be started or never reported."""
 
 
+class NoNode(AssistantError):
+    """No node's worker is heard, so a new instance could be placed nowhere."""
+
+
 class DownloadError(AssistantError):
     """A file could not be fetched or did not match its checksum; nothing half-done is left under its name."""
 

@@ -1,0 +1,205 @@
+"""The only writer of Instance.state.
+
+Every transition is one conditional UPDATE on (id, state, generation) that must touch exactly one row, else StaleTransition:
+whoever acts on an old view of an instance changes nothing. On success the object in hand is brought up to date.
+
+    PENDING → STARTING → READY → DRAINING → STOPPING → STOPPED
+                 │          │
+                 └──────────┴──→ FAILED ──(back-off)──→ STARTING … → CRASH_LOOP (reset by hand or by a changed configuration)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from django.conf import settings
+from django.db import transaction
+from django.utils import timezone
+
+from models_app import coordination
+from models_app.exceptions import StaleTransition
+from models_app.exit_sentence import Exit
+from models_app.models import Instance, ModelConfig, Node, State
+from models_app.process_identity import ProcessIdentity
+
+STABLE_S = 60.0  # ready for so long and a failure is a first one again
+FIRST_DELAY_S = 10.0
+LONGEST_DELAY_S = 300.0
+
+NEXT: dict[State, frozenset[State]] = {
+    State.PENDING: frozenset({State.STARTING, State.FAILED, State.STOPPED}),
+    State.STARTING: frozenset({State.READY, State.STOPPING, State.FAILED, State.CRASH_LOOP}),
+    State.READY: frozenset({State.DRAINING, State.STOPPING, State.FAILED, State.CRASH_LOOP}),
+    State.DRAINING: frozenset({State.STOPPING}),
+    State.STOPPING: frozenset({State.STOPPED}),
+    State.FAILED: frozenset({State.STARTING, State.FAILED, State.PENDING, State.STOPPED}),
+    State.CRASH_LOOP: frozenset({State.PENDING, State.STOPPED}),
+    State.STOPPED: frozenset(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a start takes: the next generation of the instance, its port, its secret (sealed) and what it is launched with."""
+
+    port: int
+    sealed_secret: str
+    digest: str
+    engine: str
+    slots: int
+    ctx_size: int
+    deadline_at: datetime
+
+
+def delay_s(failures: int) -> float:
+    """Seconds before the next try after so many failures in a row: none, 10, 20, 40 … 300."""
+    return 0.0 if failures <= 1 else min(LONGEST_DELAY_S, FIRST_DELAY_S * 2.0 ** min(failures - 2, 10))
+
+
+def failures_after(instance: Instance, now: datetime) -> int:
+    """Failures in a row, this one included: a first one again where the process had been ready for a stable while."""
+    stable = instance.ready_at is not None and (now - instance.ready_at).total_seconds() >= STABLE_S
+    return 1 if instance.state == State.READY and stable else instance.failures + 1
+
+
+def _move(instance: Instance, to: State, **fields: Any) -> None:
+    """The one place where a state is written."""
+    if to not in NEXT[State(instance.state)]:
+        raise StaleTransition(f"{instance} cannot go from {instance.state} to {to}.")
+    changes = {"state": to, "state_changed_at": timezone.now(), "deadline_at": None, **fields}
+    _update(instance, changes)
+
+
+def _update(instance: Instance, changes: dict[str, Any]) -> None:
+    """One conditional UPDATE in the state and generation in hand."""
+    mine = Instance.objects.filter(pk=instance.pk, state=instance.state, generation=instance.generation)
+    if mine.update(**changes) != 1:
+        raise StaleTransition(f"{instance} is no longer {instance.state} in generation {instance.generation}.")
+    for name, value in changes.items():
+        setattr(instance, name, value)
+    transaction.on_commit(coordination.publish_revision)
+
+
+def create(model: ModelConfig, node: Node) -> Instance:
+    """A replica that waits to be started: PENDING."""
+    instance = Instance.objects.create(
+        model=model, model_name=model.name, node=node, engine=model.engine, slots=model.slots, ctx_size=model.ctx_size
+    )
+    transaction.on_commit(coordination.publish_revision)
+    return instance
+
+
+def starting(instance: Instance, claim: Claim) -> None:
+    """PENDING or FAILED → STARTING. The winner owns the next generation and may spawn it.
+
+    Raises IntegrityError where another process of the node was given the port meanwhile.
+    """
+    _move(
+        instance,
+        State.STARTING,
+        generation=instance.generation + 1,
+        port=claim.port,
+        engine_secret=claim.sealed_secret,
+        launch_digest=claim.digest,
+        engine=claim.engine,
+        slots=claim.slots,
+        ctx_size=claim.ctx_size,
+        deadline_at=claim.deadline_at,
+        started_at=timezone.now(),
+        ready_at=None,
+        next_attempt_at=None,
+        pid=None,
+        start_ticks=None,
+        boot_id="",
+        shim_pid=None,
+        shim_start_ticks=None,
+        exit_code=None,
+        exit_signal=None,
+        exited_at=None,
+        peak_memory_bytes=None,
+    )
+
+
+def spawned(instance: Instance, engine: ProcessIdentity, shim: ProcessIdentity) -> None:
+    """Record who the processes of this generation are; the state stays."""
+    _update(
+        instance,
+        {
+            "pid": engine.pid,
+            "start_ticks": engine.start_ticks,
+            "boot_id": engine.boot_id,
+            "shim_pid": shim.pid,
+            "shim_start_ticks": shim.start_ticks,
+        },
+    )
+
+
+def ready(instance: Instance) -> None:
+    """STARTING → READY: the right process answers on the right port."""
+    _move(instance, State.READY, ready_at=timezone.now(), exit_reason="", exit_log="")
+
+
+def draining(instance: Instance) -> None:
+    """READY → DRAINING: gateways send nothing new; what runs may end until the deadline."""
+    _move(instance, State.DRAINING, deadline_at=timezone.now() + timedelta(seconds=settings.ASSISTANT_ENGINE_DRAIN_S))
+
+
+def stopping(instance: Instance) -> None:
+    """STARTING, READY or DRAINING → STOPPING: the process is being ended; killed at the deadline."""
+    # The shim kills after ASSISTANT_ENGINE_TERM_S by itself; past this deadline the shim itself is deaf.
+    _move(instance, State.STOPPING, deadline_at=timezone.now() + timedelta(seconds=settings.ASSISTANT_ENGINE_TERM_S + 2))
+
+
+def stopped(instance: Instance, end: Exit | None = None) -> None:
+    """→ STOPPED, for good. From STOPPING only once pid and port are proven gone."""
+    _move(instance, State.STOPPED, next_attempt_at=None, **(_exit_fields(end) if end else {}))
+
+
+def failed(instance: Instance, end: Exit) -> None:
+    """STARTING or READY → FAILED with the time of the next try, or CRASH_LOOP after too many failures in a row."""
+    now = timezone.now()
+    failures = failures_after(instance, now)
+    given_up = failures >= settings.ASSISTANT_ENGINE_TRIES
+    next_attempt = None if given_up else now + timedelta(seconds=delay_s(failures))
+    state = State.CRASH_LOOP if given_up else State.FAILED
+    _move(instance, state, failures=failures, next_attempt_at=next_attempt, **_exit_fields(end))
+
+
+def refused(instance: Instance, reason: str, digest: str) -> None:
+    """PENDING or FAILED → FAILED without a process. Checks cost little, so they are repeated for ever: a file may still come."""
+    failures = instance.failures + 1
+    next_attempt = timezone.now() + timedelta(seconds=max(FIRST_DELAY_S, delay_s(failures)))
+    _move(
+        instance,
+        State.FAILED,
+        failures=failures,
+        next_attempt_at=next_attempt,
+        launch_digest=digest,
+        exit_reason=reason,
+        exit_log="",
+        exit_code=None,
+        exit_signal=None,
+    )
+
+
+def reset(instance: Instance) -> None:
+    """FAILED or CRASH_LOOP → PENDING: by hand or by a changed configuration; earlier failures are forgotten."""
+    _move(instance, State.PENDING, failures=0, next_attempt_at=None, launch_digest="")
+
+
+def outdate(instance: Instance) -> None:
+    """Let reconcile replace this process although its configuration has not changed; the state stays."""
+    _update(instance, {"launch_digest": ""})
+
+
+def _exit_fields(end: Exit) -> dict[str, Any]:
+    return {
+        "exit_reason": end.reason,
+        "exit_log": end.log,
+        "exit_code": end.code,
+        "exit_signal": end.signal,
+        "exited_at": timezone.now(),
+        "peak_memory_bytes": end.peak_memory_bytes,
+    }
