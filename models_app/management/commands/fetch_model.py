@@ -46,7 +46,7 @@ class Command(BaseCommand):
             if options["list"]:
                 self._list(list(catalog.load(options["catalog"]).values()), as_json=options["json"])
             elif options["name"]:
-                self._fetch(catalog.find(options["name"], options["catalog"]), options["dest"], as_json=options["json"])
+                self._fetch(catalog.entry(options["name"], options["catalog"]), options["dest"], as_json=options["json"])
             else:
                 raise CommandError("Name a model of the catalogue, or use --list to see them.")
         except AssistantError as error:
