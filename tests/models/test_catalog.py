@@ -155,7 +155,7 @@ def test_a_terminal_gets_one_redrawn_line_for_each_phase() -> None:
     line(10_000_000, 10_000_000, Phase.DOWNLOADING)
     line.close()
     assert out.getvalue() == (
-        "\rm: waiting  \x1b[K\n"
+        "\rm: waiting \x1b[K\n"
         f"\rm: downloading 5.0 of 10.0 MB [{'#' * 15}{'.' * 15}]\x1b[K"
         f"\rm: downloading 10.0 of 10.0 MB [{'#' * 30}]\x1b[K\n"
     )

@@ -13,7 +13,7 @@ import pytest
 from gateway_app.rpc.assistant_pb2 import InfoRequest, Request, Response
 from gateway_app.rpc.gateway_client import GatewayClient, loopback_origin
 from gateway_app.rpc.server import RpcServer
-from gateway_app.rpc.service import MAX_MESSAGE
+from gateway_app.rpc.service import MAX_MESSAGE, AssistantService
 from tests.conftest import free_port
 from tests.fakes.gated_gateway import Exchange, GatedGateway
 
@@ -273,6 +273,37 @@ async def test_a_deadline_ends_the_call_and_the_http_request(gateway: GatedGatew
     code, _ = await status_of(read_all())
     assert code is grpc.StatusCode.DEADLINE_EXCEEDED
     await soon(gateway.gone.wait())
+
+
+class Aborted(Exception):
+    """What a server's context raises to end a call."""
+
+
+class ContextOfADeafClient:
+    """A call whose time is almost over and whose client never says that it has gone."""
+
+    def time_remaining(self) -> float:
+        return 0.05
+
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return ()
+
+    async def write(self, message: Response) -> None:
+        """Taken."""
+
+    async def abort(self, code: grpc.StatusCode, details: str) -> None:
+        raise Aborted(code)
+
+
+@pytest.mark.parametrize("method", ["ForwardRequest", "ForwardRequestStream"])
+async def test_the_deadline_holds_on_the_server_s_own_clock(gateway: GatedGateway, method: str) -> None:
+    gateway.script = after_one_chunk_never
+    async with GatewayClient(loopback_origin("127.0.0.1", gateway.port)) as client:
+        call = getattr(AssistantService(client, "1"), method)
+        with pytest.raises(Aborted) as caught:
+            await soon(call(Request(path=CHAT, method="POST", body=b"{}"), ContextOfADeafClient()))
+        assert caught.value.args == (grpc.StatusCode.DEADLINE_EXCEEDED,)
+        await soon(gateway.gone.wait())
 
 
 async def test_a_gateway_that_is_not_there_is_unavailable() -> None:

@@ -91,10 +91,9 @@ class ProgressLine:
         if self._terminal and self._last_phase not in (None, phase):
             self._out.write("\n")
         self._last_at, self._last_phase = now, phase
-        text = f"{self._title}: {phase} {_amount(done, total)}"
+        text = f"{self._title}: {phase} {_amount(done, total)}".rstrip()
         if self._terminal:
-            bar = _bar(done, total)
-            self._out.write(f"\r{text} {bar}\x1b[K")
+            self._out.write(f"\r{text} {_bar(done, total)}\x1b[K")
             self._out.flush()
         else:
             self._out.write(f"{text}\n")
