@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
+from gateway_app.event_payload import Edit, Payload
 from gateway_app.json_spans import Span, elements, members
 
 MAX_EVENT: Final = 2**20  # bytes of one event that are looked at
@@ -31,7 +32,8 @@ class EventShape:
 
     prefix ends with the quote before the content, middle begins with the quote after it and ends with the "choices" array.
     zeroed: the tail with its digits made 0; empty where the tail must fit exactly.
-    prefix_out: the renamed prefix, None if nothing in it is renamed. cut: where in the tail the name stands that is replaced.
+    name: what replaces the model. head: where in the prefix the model stands that is replaced, with prefix_out the prefix
+    renamed; cut: where in the tail. At most one of head and cut is given.
     """
 
     prefix: bytes
@@ -39,7 +41,8 @@ class EventShape:
     tail: bytes
     zeroed: bytes
     name: bytes
-    prefix_out: bytes | None
+    head: tuple[int, int] | None
+    prefix_out: bytes
     cut: tuple[int, int] | None
 
     def relay(self, data: bytes, at: int, out: list[bytes]) -> tuple[int, int]:
@@ -61,20 +64,31 @@ class EventShape:
             brought += quote > content
             if self.cut is not None:
                 out += (data[at : after + self.cut[0]], self.name, data[after + self.cut[1] : end])
-            elif self.prefix_out is not None:
+            elif self.head is not None:
                 out += (self.prefix_out, data[content:end])
             at = end
-        if at > start and self.cut is None and self.prefix_out is None:
+        if at > start and self.cut is None and self.head is None:
             out.append(data[start:at])
         return at, brought
 
+    def find_model(self, event: bytes) -> tuple[int, int] | None:
+        """Where the model to replace stands in an event that is like this one up to there, or from the choices on."""
+        if self.head is not None and event.startswith(self.prefix[: self.head[1]]):
+            return self.head
+        if self.cut is not None and event.endswith(self.tail):
+            stop = len(event) - len(self.tail)
+            return stop + self.cut[0], stop + self.cut[1]
+        return None
+
+
+def brings_text(choices: list[Any]) -> bool:
+    """Whether an event has one choice that is not finished: a cheap look before learn_shape's thorough one."""
+    return len(choices) == 1 and isinstance(choices[0], dict) and choices[0].get("finish_reason") is None
+
 
 def _only_text(text: str, choices: Span) -> Span | None:
-    """The text that an event's only, unfinished choice brings, if it brings one: in its delta, or as "text"."""
-    parts = elements(text, choices.start)
-    if len(parts) != 1 or not isinstance(parts[0].value, dict) or parts[0].value.get("finish_reason") is not None:
-        return None
-    choice = members(text, parts[0].start)
+    """The text that the first choice brings, if it brings one: in its delta, or as "text"."""
+    choice = members(text, elements(text, choices.start)[0].start)
     delta = choice.get("delta")
     if delta is None or not isinstance(delta.value, dict):
         found = [choice["text"]] if "text" in choice else []
@@ -97,27 +111,24 @@ def _arguments(text: str, calls: Span) -> list[Span]:
     return found
 
 
-def learn_shape(
-    event: bytes, text: str, top: dict[str, Span], offset: int, rename: bytes | None, same: bool
-) -> EventShape | None:
-    """The shape of an event that says neither usage nor error; None if it does not bring just a text.
+def learn_shape(event: bytes, payload: Payload, rename: Edit | None, keep_name: bool) -> EventShape | None:
+    """The shape of an event with brings_text() choices, its data on one line, and neither usage nor error.
 
-    text: its data, on one line, which begins at this offset in the event. top: the members of that object.
-    rename: what replaces the model, None to leave it. same: the model is left because it is the right one, so it must stay so.
+    None if it does not bring just one text. rename: the edit of its model, None to leave it. keep_name: the model is left
+    because it is the right one, so it must stay so.
     """
-    content = _only_text(text, top["choices"])
+    content = _only_text(payload.text, payload.spans["choices"])
     if content is None:
         return None
-    begin, end, stop = content.start + offset + 1, content.end + offset - 1, top["choices"].end + offset
+    begin, end = payload.place(content.start) + 1, payload.place(content.end) - 1
+    stop = payload.place(payload.spans["choices"].end)
     prefix, middle, tail = event[:begin], event[end:stop], event[stop:]
-    zeroed, prefix_out, cut = tail.translate(_ZEROED), None, None
-    model = top.get("model")
-    if model is not None:
-        first, last = model.start + offset, model.end + offset
-        if rename is not None and first < begin:
-            prefix_out = prefix[:first] + rename + prefix[last:]
-        elif rename is not None:
-            cut = (first - stop, last - stop)
-        elif same and first > begin:
+    zeroed = tail.translate(_ZEROED)
+    if rename is None:
+        if keep_name and "model" in payload.spans and payload.place(payload.spans["model"].start) > begin:
             zeroed = b""
-    return EventShape(prefix, middle, tail, zeroed, rename or b"", prefix_out, cut)
+        return EventShape(prefix, middle, tail, zeroed, b"", None, prefix, None)
+    first, last, name = rename
+    if first < begin:
+        return EventShape(prefix, middle, tail, zeroed, name, (first, last), prefix[:first] + name + prefix[last:], None)
+    return EventShape(prefix, middle, tail, zeroed, name, None, prefix, (first - stop, last - stop))

@@ -11,13 +11,12 @@ import json
 from dataclasses import dataclass
 from typing import Any, Final
 
-from gateway_app.event_shape import MAX_EVENT, EventShape, learn_shape
-from gateway_app.json_spans import Span, document, elements, members
+from gateway_app.event_payload import Edit, Payload, event_end
+from gateway_app.event_shape import MAX_EVENT, EventShape, brings_text, learn_shape
+from gateway_app.json_spans import document
 
 _CONTENT_NAMES: Final = ("content", "reasoning_content", "tool_calls", "reasoning", "refusal", "function_call")
 _LESSONS: Final = 4  # events whose shape is learnt before a learnt shape has proved useful
-
-_Edit = tuple[int, int, bytes]  # start, end, what stands there instead
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +32,16 @@ class Usage:
 
 
 def splice_model(body: bytes, name: str) -> bytes:
-    """A whole JSON answer with its top-level "model" replaced and every other byte kept; as it is if it has none."""
+    """A whole JSON answer with its first top-level "model" replaced and every other byte kept; as it is if it has none."""
     try:
-        top = document(body.decode("latin-1"))
+        model = document(body.decode("latin-1")).get("model")
     except (ValueError, RecursionError):
         return body
-    spellings = _spellings(name)
-    model = _misnamed(body, top, spellings)
-    return body if model is None else body[: model.start] + spellings[0] + body[model.end :]
+    if model is None or not isinstance(model.value, str):
+        return body
+    if json.loads(body[model.start : model.end].decode("utf-8", "replace")) == name:
+        return body
+    return body[: model.start] + json.dumps(name).encode("ascii") + body[model.end :]
 
 
 def read_usage(body: bytes) -> tuple[Usage | None, str | None]:
@@ -80,7 +81,8 @@ class StreamScanner:
         self.finish_reason: str | None = None
         self.error: dict[str, Any] | None = None
         self.overflowed = False
-        self._names = None if client_model is None else _spellings(client_model)
+        self._client_model = client_model
+        self._name = json.dumps(client_model).encode("ascii")
         self._keep_usage = keep_usage
         self._held = bytearray()  # the beginning of an event that has not ended; at most MAX_EVENT
         self._roles: set[int] = set()  # choices that have had a role
@@ -97,7 +99,7 @@ class StreamScanner:
         if held:
             start = max(0, len(held) - 3)
             held += data
-            if _event_end(held, start) < 0:
+            if event_end(held, start) < 0:
                 return self._overflow([], b"") if len(held) > MAX_EVENT else b""
             data = bytes(held)
             held.clear()
@@ -120,7 +122,7 @@ class StreamScanner:
                 if at > start:
                     self.content_events += brought
                     self._lessons = _LESSONS
-            end = _event_end(data, at)
+            end = event_end(data, at)
             if end < 0:
                 break
             if end - at > MAX_EVENT:
@@ -144,28 +146,26 @@ class StreamScanner:
 
     def _read(self, event: bytes) -> bytes:
         """What to relay of one whole event, having parsed it."""
-        found = _field(event, b"data:")
-        if found is None:
+        payload = Payload.of(event, b"data:")
+        if payload is None:
             return self._read_error_line(event)
-        payload, offsets = found
         self.saw_event = True
-        if payload.strip() == b"[DONE]":
+        if payload.value.strip() == b"[DONE]":
             self.done = True
             return event
         try:
-            top = document(payload.decode("latin-1"))
+            top = json.loads(payload.value.decode("utf-8", "replace"))
+            return self._read_object(event, payload, top) if isinstance(top, dict) else event
         except (ValueError, RecursionError):
             return event
-        self.error = _engine_error(payload, top)
-        return b"" if self.error is not None else self._read_chunk(event, payload, top, offsets)
 
     def _read_error_line(self, event: bytes) -> bytes:
         """Older llama.cpp servers say `error: {…}` instead of `data: {"error": {…}}`."""
-        found = _field(event, b"error:")
-        if found is None:
+        payload = Payload.of(event, b"error:")
+        if payload is None:
             return event
         self.saw_event = True
-        text = found[0].decode("utf-8", "replace")
+        text = payload.value.decode("utf-8", "replace")
         try:
             error = json.loads(text)
         except (ValueError, RecursionError):
@@ -173,28 +173,36 @@ class StreamScanner:
         self.error = error if isinstance(error, dict) else {"message": str(error)}
         return b""
 
-    def _read_chunk(self, event: bytes, payload: bytes, top: dict[str, Span], offsets: list[tuple[int, int]]) -> bytes:
-        """Note what an event says, splice what must change, learn its shape."""
-        usage, counted = top.get("usage"), False
-        if usage is not None and isinstance(usage.value, dict):
-            counted = True
-            self.usage = _usage(usage.value) or self.usage
-        edits: list[_Edit] = []
-        model = _misnamed(payload, top, self._names) if self._names else None
-        rename = self._names[0] if self._names and model else None
-        if model is not None and rename is not None:
-            edits.append((model.start, model.end, rename))
-        choices = top.get("choices")
-        if choices is not None and isinstance(choices.value, list):
-            if counted and not choices.value and not self._keep_usage:
+    def _read_object(self, event: bytes, payload: Payload, top: dict[str, Any]) -> bytes:
+        """Note what an event says, splice or drop what must be, learn its shape. Raises ValueError, RecursionError."""
+        self.error = _engine_error(top)
+        if self.error is not None:
+            return b""
+        usage, choices = top.get("usage"), top.get("choices")
+        if isinstance(usage, dict):
+            self.usage = _usage(usage) or self.usage
+            if choices == [] and not self._keep_usage:
                 return b""
-            text = payload.decode("latin-1")
-            roles = self._add_roles(text, top, choices)
-            self._note_choices(choices.value)
-            if self._lessons and not counted and not roles and len(offsets) == 1:
-                self._learn(event, text, top, offsets[0][1], rename)
+        edits: list[Edit] = []
+        if self._client_model is not None and isinstance(name := top.get("model"), str) and name != self._client_model:
+            edits.append(self._rename(event, payload))
+        if isinstance(choices, list):
+            roles = self._add_roles(payload, top)
+            self._note_choices(choices)
+            if self._lessons and not roles and not isinstance(usage, dict):
+                self._learn(event, payload, choices, edits)
             edits += roles
-        return _splice(event, edits, offsets) if edits else event
+        for start, end, new in sorted(edits, reverse=True):
+            event = event[:start] + new + event[end:]
+        return event
+
+    def _rename(self, event: bytes, payload: Payload) -> Edit:
+        """The edit that puts the client's name in the place of the engine's."""
+        known = None if self._shape is None else self._shape.find_model(event)
+        if known is not None:
+            return (*known, self._name)
+        model = payload.spans["model"]
+        return payload.replacement(model.start, model.end, self._name)
 
     def _note_choices(self, choices: list[Any]) -> None:
         for choice in choices:
@@ -203,23 +211,26 @@ class StreamScanner:
             self.saw_content = True
             self.content_events += 1
 
-    def _add_roles(self, text: str, top: dict[str, Span], choices: Span) -> list[_Edit]:
+    def _add_roles(self, payload: Payload, top: dict[str, Any]) -> list[Edit]:
         """The edits that give a role to the first delta of each choice of a chat that has none."""
-        edits: list[_Edit] = []
-        if (kind := top.get("object")) is None or kind.value != "chat.completion.chunk":
+        edits: list[Edit] = []
+        if top.get("object") != "chat.completion.chunk":
             return edits
-        for place, choice in enumerate(choices.value):
+        for place, choice in enumerate(top["choices"]):
             if not isinstance(choice, dict) or not isinstance(delta := choice.get("delta"), dict):
                 continue
             index = choice.get("index", 0)
             if isinstance(index, int) and index not in self._roles:
                 self._roles.add(index)
                 if delta.get("role") is None:
-                    edits.append(_role_edit(text, elements(text, choices.start)[place]))
+                    edits.append(payload.role_edit(place))
         return edits
 
-    def _learn(self, event: bytes, text: str, top: dict[str, Span], offset: int, rename: bytes | None) -> None:
-        shape = learn_shape(event, text, top, offset, rename, self._names is not None)
+    def _learn(self, event: bytes, payload: Payload, choices: list[Any], edits: list[Edit]) -> None:
+        """Remember the shape of an event that brings nothing but text, so that the next ones need no parsing."""
+        if len(payload.offsets) != 1 or not brings_text(choices):
+            return
+        shape = learn_shape(event, payload, edits[0] if edits else None, self._client_model is not None)
         if shape is not None:
             self._shape = shape
             self._lessons -= 1
@@ -228,73 +239,12 @@ class StreamScanner:
 # --- reading -----------------------------------------------------------------------------------------------------------
 
 
-def _event_end(data: bytes | bytearray, at: int) -> int:
-    """Where the event that begins here ends, its blank line included; -1 if it does not yet. Lines end with LF or CRLF."""
-    newline = data.find(b"\n", at)
-    while newline >= 0:
-        if data.startswith(b"\n", newline + 1):
-            return newline + 2
-        if data.startswith(b"\r\n", newline + 1):
-            return newline + 3
-        newline = data.find(b"\n", newline + 1)
-    return -1
-
-
-def _field(event: bytes, name: bytes) -> tuple[bytes, list[tuple[int, int]]] | None:
-    """The values of all lines of this field, joined by newlines, and (offset in that, offset in the event) of each line."""
-    values: list[bytes] = []
-    offsets: list[tuple[int, int]] = []
-    size = at = 0
-    for line in event.split(b"\n"):
-        if line.startswith(name):
-            begin = len(name) + line.startswith(b" ", len(name))
-            value = line[begin:-1] if line.endswith(b"\r") else line[begin:]
-            offsets.append((size, at + begin))
-            values.append(value)
-            size += len(value) + 1
-        at += len(line) + 1
-    return (b"\n".join(values), offsets) if values else None
-
-
-def _splice(event: bytes, edits: list[_Edit], offsets: list[tuple[int, int]]) -> bytes:
-    """The event with these edits, which speak of its data; no edit spans two lines, since a JSON text has no newline in it."""
-    for start, end, new in sorted(edits, reverse=True):
-        line_in_data, line_in_event = max(offset for offset in offsets if offset[0] <= start)
-        shift = line_in_event - line_in_data
-        event = event[: start + shift] + new + event[end + shift :]
-    return event
-
-
-def _spellings(name: str) -> tuple[bytes, bytes]:
-    """The name as JSON: in ASCII, which is ours, and the other common way."""
-    return json.dumps(name).encode("ascii"), json.dumps(name, ensure_ascii=False).encode("utf-8", "surrogatepass")
-
-
-def _misnamed(payload: bytes, top: dict[str, Span], spellings: tuple[bytes, bytes]) -> Span | None:
-    """The first top-level "model", where it is a text and not one of these spellings already."""
-    model = top.get("model")
-    if model is None or not isinstance(model.value, str) or payload[model.start : model.end] in spellings:
-        return None
-    return model
-
-
-def _role_edit(text: str, choice: Span) -> _Edit:
-    """The edit that says the role in this choice's delta, which has none or null."""
-    delta = members(text, choice.start)["delta"]
-    role = members(text, delta.start).get("role")
-    if role is not None:
-        return role.start, role.end, b'"assistant"'
-    return delta.start + 1, delta.start + 1, b'"role":"assistant",' if delta.value else b'"role":"assistant"'
-
-
-def _engine_error(payload: bytes, top: dict[str, Span]) -> dict[str, Any] | None:
+def _engine_error(top: dict[str, Any]) -> dict[str, Any] | None:
     """The error that an event is, if it is one; a bare text becomes its message."""
-    kind = top.get("object")
-    if (top["error"].value if "error" in top else None) is None and (kind is None or kind.value != "error"):
-        return None
-    whole: dict[str, Any] = json.loads(payload.decode("utf-8", "replace"))
-    error = whole if whole.get("error") is None else whole["error"]
-    return error if isinstance(error, dict) else {"message": str(error)}
+    error = top.get("error")
+    if error is None and top.get("object") == "error":
+        error = top
+    return error if error is None or isinstance(error, dict) else {"message": str(error)}
 
 
 def _count(value: object) -> int | None:
