@@ -16,11 +16,12 @@ import grpc
 from gateway_app.rpc import assistant_pb2, assistant_pb2_grpc
 from gateway_app.rpc.forwarding import HttpRequest, Refused, answer_headers, http_request, key_of
 from gateway_app.rpc.gateway_client import GatewayClient
+from models_app.contracts.traits import CHAT, COMPLETIONS
 
 SERVICE = assistant_pb2.DESCRIPTOR.services_by_name["AssistantService"].full_name
 MAX_MESSAGE = 33 * 1024 * 1024  # bytes, both ways
 MAX_BODY = MAX_MESSAGE - 1024 * 1024  # bytes; the rest of a message is for status and headers
-ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/{id}")
+ENDPOINTS = (CHAT, COMPLETIONS, "/v1/models", "/v1/models/{id}")
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

@@ -357,7 +357,7 @@ async def models_for_key_a(exchange: Exchange) -> None:
 async def test_info_without_a_key_tells_version_and_endpoints_but_no_models(gateway: GatedGateway, stub: Any) -> None:
     info = await soon(stub.GetInfo(InfoRequest()))
     assert (info.version, list(info.models)) == ("1.2.3", [])
-    assert "/v1/chat/completions" in info.endpoints
+    assert list(info.endpoints) == ["/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/{id}"]
     assert gateway.received == []
 
 
