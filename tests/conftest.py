@@ -7,8 +7,12 @@ import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.running_platform import Platform
 
 ROOT = Path(__file__).resolve().parent.parent
 # Model files are kept between runs (build/ is ignored by git); a fresh clone fetches the demo model once.
@@ -53,3 +57,15 @@ def chromium() -> str:
             pytest.fail(message)
         pytest.skip(message)
     return found
+
+
+@pytest.fixture(scope="session")
+def platform(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    """The whole platform with the demo model, started once. Tests that break it must leave it serving."""
+    from tests.running_platform import Platform
+
+    running = Platform(tmp_path_factory.mktemp("p") / "h")
+    running.start(demo_model)
+    yield running
+    assert running.stop() == 0, running.output[-4000:]
+    assert running.processes() == []
