@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -11,7 +12,7 @@ from typing import Any
 
 from celery import Celery, signals
 from celery.app.amqp import AMQP
-from celery.beat import Scheduler
+from celery.beat import Scheduler, SchedulingError
 from celery.exceptions import SecurityWarning
 from kombu import Connection
 
@@ -29,6 +30,12 @@ class QuickConnection(Connection):
     def ensure_connection(self, *args: Any, **kwargs: Any) -> Any:
         quick = {"interval_start": 0.5, "interval_step": 0.5, "interval_max": 2.0}
         return super().ensure_connection(*args, **{**quick, **kwargs})
+
+    def maybe_close_channel(self, channel: Any) -> None:
+        # With unacknowledged messages kombu tries to put them back through the transport that has just gone: without
+        # this the worker would end. What is not put back is ordered again by reconcile.
+        with contextlib.suppress(AttributeError):
+            super().maybe_close_channel(channel)
 
 
 class QuickAMQP(AMQP):
@@ -87,6 +94,13 @@ class LeasedScheduler(Scheduler):
             self._renew()
         return super().tick(*args, **kwargs)
 
+    def apply_entry(self, entry: Any, producer: Any = None) -> None:
+        """Send what is due. Without a broker it is dropped, with one line in the log: the next period comes soon."""
+        try:
+            self.apply_async(entry, producer=producer, advance=False)
+        except SchedulingError as error:
+            log.warning("%s", error)
+
     def _renew(self) -> None:
         from models_app.exceptions import CoordinationUnavailable
 
@@ -138,6 +152,8 @@ app = Celery("assistant", amqp="assistant_site.celery:QuickAMQP")
 app.config_from_object("django.conf:settings", namespace="CELERY")
 app.autodiscover_tasks(["models_app"])
 app.conf.broker_connection_max_retries = None  # for ever
+app.conf.worker_cancel_long_running_tasks_on_connection_loss = True  # concerns late acknowledgement alone, which no task has
+app.conf.worker_timer_precision = 0.1  # seconds: the default of 1 s would make every short countdown a long one
 app.conf.beat_scheduler = "assistant_site.celery:LeasedScheduler"
 app.conf.beat_schedule = {
     "reconcile": every(2.0, "reconcile"),
