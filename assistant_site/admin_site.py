@@ -90,6 +90,7 @@ UNFOLD: dict[str, Any] = {
     "SHOW_HISTORY": True,
     "SHOW_VIEW_ON_SITE": False,
     "DASHBOARD_CALLBACK": "models_app.admin.overview.context",
+    "SITE_FAVICONS": [{"rel": "icon", "type": "image/svg+xml", "href": _asset("models_app/favicon.svg")}],
     "STYLES": [_asset("models_app/admin.css")],
     "SCRIPTS": [_asset("models_app/admin.js")],
     "BORDER_RADIUS": "6px",

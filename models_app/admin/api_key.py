@@ -125,6 +125,10 @@ class APIKeyAdmin(Admin[APIKey]):
         match = request.resolver_match
         return "apikey" not in ((match.url_name or "") if match else "") and super().has_delete_permission(request, obj)
 
+    def add_view(self, request: HttpRequest, form_url: str = "", extra_context: dict[str, Any] | None = None) -> HttpResponse:
+        plain = {"show_save_and_add_another": False, "show_save_and_continue": False}  # both would lead past the key
+        return super().add_view(request, form_url, {**(extra_context or {}), **plain})
+
     def get_form(
         self, request: HttpRequest, obj: APIKey | None = None, change: bool = False, **kwargs: Any
     ) -> type[ModelForm[APIKey]]:
@@ -142,7 +146,6 @@ class APIKeyAdmin(Admin[APIKey]):
         context = {
             **self.admin_site.each_context(request),
             "title": f"Key “{obj.name}” of {obj.user.get_username()}",
-            "opts": self.opts,
             "key": obj,
             "text": request.new_key_text,  # type: ignore[attr-defined]
             "base_url": base_url(request),

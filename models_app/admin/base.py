@@ -55,7 +55,6 @@ class Admin(UnfoldModelAdmin[M], Generic[M]):
 
     warn_unsaved_form = True
     list_per_page = 100
-    show_full_result_count = False
 
     def row(self, request: HttpRequest, object_id: Any) -> M:
         """The row an action is about. Raises Http404."""

@@ -13,6 +13,7 @@ from django.db.models import QuerySet
 from django.http import HttpRequest, HttpResponse
 from django.template.response import TemplateResponse
 from django.urls import URLPattern, path, reverse
+from django.utils import timezone
 from django.utils.html import format_html
 from django.utils.safestring import SafeString
 from unfold.contrib.filters.admin import ChoicesDropdownFilter, DropdownFilter, RelatedDropdownFilter
@@ -83,9 +84,16 @@ def exit_card(instance: Instance) -> ExitCard | None:
         reason=instance.exit_reason or "No reason was recorded.",
         how=exit_in_words(instance),
         lines="\n".join(instance.exit_log.splitlines()[-CARD_LINES:]),
-        next_attempt=age(instance.next_attempt_at) if state == State.FAILED and instance.next_attempt_at else "",
+        next_attempt=next_attempt(instance),
         failing=state in TITLES,
     )
+
+
+def next_attempt(instance: Instance) -> SafeString | str:
+    """When a failed instance is tried again, empty where it is not."""
+    if instance.state != State.FAILED or instance.next_attempt_at is None:
+        return ""
+    return age(instance.next_attempt_at) if instance.next_attempt_at > timezone.now() else "due"
 
 
 def exit_in_words(instance: Instance) -> str:
@@ -107,7 +115,7 @@ class InstanceAdmin(Admin[Instance]):
     actions_detail = ("restart", "stop")
     change_form_outer_before_template = "models_app/instance_card.html"
     fieldsets = (
-        ("Process", {"fields": (("model", "node"), ("condition", "since"), ("pid", "port"), ("generation", "failures"))}),
+        ("Process", {"fields": (("model", "node"), ("state_now", "since"), ("pid", "port"), ("generation", "failures"))}),
         ("Size", {"fields": (("engine", "slots", "ctx_size"), "peak_memory")}),
         ("Times", {"fields": (("created", "started"), ("ready", "gives_up"))}),
         ("Shim", {"fields": (("shim_pid", "launch_digest"),), "classes": ("collapse",)}),
@@ -143,6 +151,10 @@ class InstanceAdmin(Admin[Instance]):
     def condition(self, instance: Instance) -> tuple[State, str]:
         state = State(instance.state)
         return (state, state.value.lower().replace("_", " "))
+
+    @column("state")
+    def state_now(self, instance: Instance) -> str:
+        return instance.state.lower().replace("_", " ")
 
     @column("since", ordering="state_changed_at")
     def since(self, instance: Instance) -> SafeString | str:
@@ -193,16 +205,17 @@ class InstanceAdmin(Admin[Instance]):
         runs = run_log.runs(instance.pk)
         run = _number(request.GET.get("run"), runs[0] if runs else instance.generation)
         lines = _number(request.GET.get("lines"), LINE_CHOICES[0])
+        log = run_log.tail(instance.pk, run, lines)
         context = {
             **self.admin_site.each_context(request),
             "title": f"Log of {instance}",
-            "opts": self.opts,
             "instance": instance,
             "runs": runs,
             "run": run,
             "line_choices": LINE_CHOICES,
             "lines": lines,
-            "log": run_log.tail(instance.pk, run, lines),
+            "log": log,
+            "text": "\n".join(log.lines),
             "elsewhere": instance.node.name != settings.ASSISTANT_NODE,
             "running": run == instance.generation and instance.pid is not None and instance.state != State.STOPPED,
         }

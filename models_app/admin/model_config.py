@@ -17,7 +17,7 @@ from django.utils.safestring import SafeString
 from unfold.widgets import UnfoldAdminTextareaWidget, UnfoldAdminTextInputWidget
 
 from models_app import model_rules, model_status, operations, tasks
-from models_app.admin.base import NOTHING, Admin, RuleForm, column, confirmed, done, size
+from models_app.admin.base import Admin, RuleForm, column, confirmed, done, size
 from models_app.exceptions import AssistantError
 from models_app.model_status import Condition, ModelStatus
 from models_app.models import ModelConfig
@@ -28,7 +28,7 @@ LABELS = {
     Condition.DEGRADED: "warning",
     Condition.LOADING: "info",
     Condition.FAILED: "danger",
-    Condition.IDLE: "primary",
+    Condition.IDLE: "default",
     Condition.STOPPING: "warning",
     Condition.STOPPED: "default",
 }
@@ -47,6 +47,17 @@ class ModelConfigForm(RuleForm[ModelConfig]):
     class Meta:
         model = ModelConfig
         exclude: ClassVar = ["revision"]  # everything else is the administrator's
+        labels: ClassVar = {
+            "chat_model_path": "Chat model",
+            "embedding_model_path": "Embedding model",
+            "tts_model_path": "Speech model",
+            "ctx_size": "Context size",
+            "gpu_layers": "GPU layers",
+            "min_replicas": "Processes, at least",
+            "max_replicas": "Processes, at most",
+            "idle_timeout_s": "Idle time-out",
+            "extra_args": "Extra arguments",
+        }
         widgets: ClassVar = {
             **{field: ModelFileInput() for field in model_rules.PATH_FIELDS},
             "extra_args": UnfoldAdminTextareaWidget(attrs={"rows": 3, "spellcheck": "false"}),
@@ -61,7 +72,7 @@ class ModelConfigAdmin(Admin[ModelConfig]):
     """Saving asks for a reconcile: processes follow within seconds."""
 
     form = ModelConfigForm
-    list_display = ("title", "condition", "replicas", "engine", "file_size", "ctx_size", "slots", "enabled")
+    list_display = ("title", "condition", "replicas", "engine_name", "file_size", "context", "slots", "enabled")
     list_filter = ("enabled", "engine", "pinned")
     search_fields = ("name", "aliases__name")
     actions = ("start_selected", "stop_selected", "restart_selected")
@@ -102,10 +113,18 @@ class ModelConfigAdmin(Admin[ModelConfig]):
         status = model_status.status_of(model)
         return f"{status.ready} of {status.desired}"
 
+    @column("engine", ordering="engine")
+    def engine_name(self, model: ModelConfig) -> str:
+        return model.engine
+
+    @column("context", ordering="ctx_size")
+    def context(self, model: ModelConfig) -> str:
+        return f"{model.ctx_size:,}"
+
     @column("file size")
     def file_size(self, model: ModelConfig) -> str:
         sizes = [_file_size(path) for path in map(model.__getattribute__, model_rules.PATH_FIELDS) if path]
-        return size(sum(filter(None, sizes))) if any(sizes) else f"{NOTHING} not on this node"
+        return size(sum(filter(None, sizes))) if any(sizes) else "not on this node"
 
     def changeform_view(
         self, request: HttpRequest, object_id: str | None = None, form_url: str = "", extra_context: dict[str, Any] | None = None

@@ -15,6 +15,7 @@ from django.utils.safestring import SafeString
 
 from models_app import keys, model_status
 from models_app.admin.base import age, base_url
+from models_app.admin.instance import next_attempt
 from models_app.model_status import Condition, ModelStatus
 from models_app.models import APIKey, Instance, ModelConfig, RemoteServer, State, UsageEvent
 
@@ -45,6 +46,17 @@ class Day:
     completion_tokens: int
     more: bool
 
+    def figures(self) -> dict[str, str]:
+        """As they are written, with separators."""
+        counts = {
+            "requests": self.requests,
+            "errors": self.errors,
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "tokens": self.prompt_tokens + self.completion_tokens,
+        }
+        return {name: f"{count:,}" for name, count in counts.items()}
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -62,6 +74,7 @@ def context(request: HttpRequest, given: dict[str, Any]) -> dict[str, Any]:
     models = [(model, model_status.status_of(model)) for model in rows]
     usable_keys = APIKey.objects.usable().count()
     names = keys.known_model_names()
+    day = last_day()
     return {
         **given,
         "title": "Overview",
@@ -72,7 +85,8 @@ def context(request: HttpRequest, given: dict[str, Any]) -> dict[str, Any]:
         "wanted_models": sum(model.enabled for model, _ in models),
         "remote_count": RemoteServer.objects.usable().count(),
         "key_count": usable_keys,
-        "day": last_day(),
+        "day": day,
+        "figures": day.figures(),
         "base_url": base_url(request),
         "curl_model": _first_ready(models) or (names[0] if names else ""),
         "steps": steps(models, usable_keys),
@@ -88,7 +102,7 @@ def attention() -> list[Attention]:
             since=age(instance.state_changed_at),
             why=instance.exit_reason or "No reason was recorded.",
             url=reverse("admin:models_app_instance_change", args=[instance.pk]),
-            next_attempt=age(instance.next_attempt_at) if instance.state == State.FAILED and instance.next_attempt_at else "",
+            next_attempt=next_attempt(instance),
         )
         for instance in failed.defer("exit_log", "engine_secret")[:MAX_SHOWN]
     ]

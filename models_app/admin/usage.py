@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from django.contrib import admin
@@ -20,8 +21,7 @@ LABELS = {"ok": "success", "refused": "warning", "error": "danger", "never answe
 @admin.register(UsageEvent)
 class UsageEventAdmin(Admin[UsageEvent]):
     list_display = (
-        "started", "request_id", "outcome", "model_name", "user_name", "key_prefix", "endpoint", "stream", "tokens", "first",
-        "total", "end_reason",
+        "started", "outcome", "asked", "who", "tokens", "first", "total", "end_reason", "request_id",
     )  # fmt: skip
     list_filter = (
         ("started_at", RangeDateTimeFilter),
@@ -36,6 +36,8 @@ class UsageEventAdmin(Admin[UsageEvent]):
     sortable_by = ("started",)
     paginator = InfinitePaginator
     list_fullwidth = True
+    list_per_page = 50
+    show_full_result_count = False
 
     def has_add_permission(self, request: HttpRequest) -> bool:
         return False
@@ -63,9 +65,13 @@ class UsageEventAdmin(Admin[UsageEvent]):
             kind = "refused"
         return ("never answered" if event.status == 0 else kind, str(event.status or "none"))
 
-    @column("key")
-    def key_prefix(self, event: UsageEvent) -> str:
-        return f"ast_{event.key_public_id}…" if event.key_public_id else NOTHING
+    @column("model", header=True)
+    def asked(self, event: UsageEvent) -> Sequence[str]:
+        return (event.model_name or NOTHING, f"{event.endpoint}{' · stream' if event.stream else ''}")
+
+    @column("user", header=True)
+    def who(self, event: UsageEvent) -> Sequence[str]:
+        return (event.user_name or NOTHING, f"ast_{event.key_public_id}…" if event.key_public_id else "")
 
     @column("tokens in → out")
     def tokens(self, event: UsageEvent) -> str:

@@ -8,11 +8,13 @@ from django.contrib import admin
 from django.contrib.auth.admin import GroupAdmin as DjangoGroupAdmin
 from django.contrib.auth.admin import UserAdmin as DjangoUserAdmin
 from django.contrib.auth.models import Group, User
-from django.db.models import Count, Q, QuerySet
+from django.db.models import Count, ManyToManyField, Q, QuerySet
+from django.forms import ModelMultipleChoiceField
 from django.http import HttpRequest
 from django.utils.html import format_html
 from django.utils.safestring import SafeString
 from unfold.forms import AdminPasswordChangeForm, UserChangeForm, UserCreationForm
+from unfold.widgets import UnfoldAdminSelect2MultipleWidget
 
 from models_app.admin.base import Admin, age, column
 
@@ -44,6 +46,7 @@ class UserAdmin(UserBase):
     change_password_form = AdminPasswordChangeForm
     list_display = ("username", "email", "state", "role", "usable_keys", "signed_in")
     list_filter = ("is_active", "is_staff", "is_superuser", "groups")
+    filter_horizontal = ()
     POWERS: ClassVar = ("is_staff", "is_superuser", "groups", "user_permissions")
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[User]:
@@ -61,6 +64,11 @@ class UserAdmin(UserBase):
 
     def has_delete_permission(self, request: HttpRequest, obj: User | None = None) -> bool:
         return _may_touch(request, obj) and super().has_delete_permission(request, obj)
+
+    def formfield_for_manytomany(
+        self, db_field: ManyToManyField[Any, Any], request: HttpRequest, **kwargs: Any
+    ) -> ModelMultipleChoiceField[Any] | None:
+        return _searchable(super().formfield_for_manytomany(db_field, request, **kwargs))
 
     @column("state", label={"active": "success", "deactivated": "danger"}, ordering="is_active")
     def state(self, user: User) -> str:
@@ -83,8 +91,24 @@ class UserAdmin(UserBase):
 
 @admin.register(Group)
 class GroupAdmin(GroupBase):
+    filter_horizontal = ()
+
     def get_readonly_fields(self, request: HttpRequest, obj: Group | None = None) -> Any:
         return () if request.user.is_superuser else ("permissions",)
+
+    def formfield_for_manytomany(
+        self, db_field: ManyToManyField[Any, Any], request: HttpRequest | None = None, **kwargs: Any
+    ) -> ModelMultipleChoiceField[Any] | None:
+        return _searchable(super().formfield_for_manytomany(db_field, request, **kwargs))
+
+
+def _searchable(field: ModelMultipleChoiceField[Any] | None) -> ModelMultipleChoiceField[Any] | None:
+    """A widget that searches, in place of the two lists that overflow; Django's hint on plain lists goes."""
+    if field is not None:
+        field.widget = UnfoldAdminSelect2MultipleWidget()
+        field.widget.choices = field.choices
+        field.help_text = ""
+    return field
 
 
 def _may_touch(request: HttpRequest, obj: object) -> bool:
