@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import socket
 from pathlib import Path
 
@@ -27,13 +28,15 @@ class Listener:
         self.name = name
         self.path = path
         self._setting = setting
+        self._inode = path.stat().st_ino if path is not None else 0
 
     def in_use(self) -> AddressInUse:
         return AddressInUse(_in_use(self.name, self.socket.getsockname()[1], self._setting))
 
     def close(self) -> None:
+        """Close the socket and remove its file, unless a successor has bound the same path meanwhile."""
         self.socket.close()
-        if self.path is not None:
+        if self.path is not None and self.path.exists() and self.path.stat().st_ino == self._inode:
             self.path.unlink(missing_ok=True)
 
 
@@ -66,6 +69,11 @@ def bind_unix(path: Path) -> Listener:
         raise
     path.chmod(0o700)
     return Listener(bound, f"unix:{path}", "ASSISTANT_HOME", path)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine reaches it."""
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 def _answers(path: Path) -> bool:

@@ -119,7 +119,7 @@ class Exchange:
         while not self.complete and not self.gone:
             if self._body or (self.body_complete and not self._end_told):
                 return self._take_body()
-            if self._expects_continue and not self.written:
+            if self._expects_continue and not self._started:
                 self._expects_continue = False
                 self._channel.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             waiter = self._channel.server.loop.create_future()

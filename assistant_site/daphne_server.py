@@ -8,6 +8,7 @@ Tested on the pinned versions of Daphne, Twisted and autobahn.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 from functools import partial
@@ -85,7 +86,8 @@ class DaphneServer(Server):  # type: ignore[misc]  # Daphne is untyped
         )
         listener.setblocking(False)
         self._port = reactor.adoptStreamPort(listener.fileno(), listener.family, Factory(self))
-        listener.listen(BACKLOG)  # the same socket: Twisted asked for 50
+        listener.listen(BACKLOG)  # Twisted serves a duplicate and asked for 50
+        listener.close()  # ours would keep the door open after Twisted closes its own
         self._sweeper = self.loop.call_later(SWEEP_S, self._sweep)
 
     def _sweep(self) -> None:
@@ -169,7 +171,8 @@ class DaphneServer(Server):  # type: ignore[misc]  # Daphne is untyped
 
     async def drain(self, seconds: float, cut: asyncio.Event) -> None:
         """Take no more connections, let running requests end for some seconds or until `cut` is set, then end the rest."""
-        await self._port.stopListening().asFuture(self.loop)
+        with contextlib.suppress(FileNotFoundError):  # a socket file that somebody removed
+            await self._port.stopListening().asFuture(self.loop)
         for channel in list(self.channels):
             channel.retire()
         for protocol in list(self.connections):

@@ -143,6 +143,8 @@ async def _listen(http: HttpServer, listener: Listener) -> None:
         if error.errno == errno.EADDRINUSE:
             raise listener.in_use() from error
         raise
+    if listener.path is not None:
+        listener.path.chmod(0o700)  # Twisted opens its sockets to everybody
     # What lives now lives on; the collector need not walk it again and again while requests come.
     gc.collect()
     gc.freeze()
