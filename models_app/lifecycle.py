@@ -10,6 +10,7 @@ whoever acts on an old view of an instance changes nothing. On success the objec
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -27,17 +28,6 @@ from models_app.process_identity import ProcessIdentity
 STABLE_S = 60.0  # ready for so long and a failure is a first one again
 FIRST_DELAY_S = 10.0
 LONGEST_DELAY_S = 300.0
-
-NEXT: dict[State, frozenset[State]] = {
-    State.PENDING: frozenset({State.STARTING, State.FAILED, State.STOPPED}),
-    State.STARTING: frozenset({State.READY, State.STOPPING, State.FAILED, State.CRASH_LOOP}),
-    State.READY: frozenset({State.DRAINING, State.STOPPING, State.FAILED, State.CRASH_LOOP}),
-    State.DRAINING: frozenset({State.STOPPING}),
-    State.STOPPING: frozenset({State.STOPPED}),
-    State.FAILED: frozenset({State.STARTING, State.FAILED, State.PENDING, State.STOPPED}),
-    State.CRASH_LOOP: frozenset({State.PENDING, State.STOPPED}),
-    State.STOPPED: frozenset(),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +54,9 @@ def failures_after(instance: Instance, now: datetime) -> int:
     return 1 if instance.state == State.READY and stable else instance.failures + 1
 
 
-def _move(instance: Instance, to: State, **fields: Any) -> None:
-    """The one place where a state is written."""
-    if to not in NEXT[State(instance.state)]:
+def _move(instance: Instance, before: Collection[State], to: State, **fields: Any) -> None:
+    """The one place where a state is written; before: the states this transition starts from."""
+    if instance.state not in before:
         raise StaleTransition(f"{instance} cannot go from {instance.state} to {to}.")
     changes = {"state": to, "state_changed_at": timezone.now(), "deadline_at": None, **fields}
     _update(instance, changes)
@@ -98,6 +88,7 @@ def starting(instance: Instance, claim: Claim) -> None:
     """
     _move(
         instance,
+        (State.PENDING, State.FAILED),
         State.STARTING,
         generation=instance.generation + 1,
         port=claim.port,
@@ -138,23 +129,26 @@ def spawned(instance: Instance, engine: ProcessIdentity, shim: ProcessIdentity) 
 
 def ready(instance: Instance) -> None:
     """STARTING → READY: the right process answers on the right port."""
-    _move(instance, State.READY, ready_at=timezone.now(), exit_reason="", exit_log="")
+    _move(instance, (State.STARTING,), State.READY, ready_at=timezone.now(), exit_reason="", exit_log="")
 
 
 def draining(instance: Instance) -> None:
     """READY → DRAINING: gateways send nothing new; what runs may end until the deadline."""
-    _move(instance, State.DRAINING, deadline_at=timezone.now() + timedelta(seconds=settings.ASSISTANT_ENGINE_DRAIN_S))
+    deadline_at = timezone.now() + timedelta(seconds=settings.ASSISTANT_ENGINE_DRAIN_S)
+    _move(instance, (State.READY,), State.DRAINING, deadline_at=deadline_at)
 
 
 def stopping(instance: Instance) -> None:
     """STARTING, READY or DRAINING → STOPPING: the process is being ended; killed at the deadline."""
     # The shim kills after ASSISTANT_ENGINE_TERM_S by itself; past this deadline the shim itself is deaf.
-    _move(instance, State.STOPPING, deadline_at=timezone.now() + timedelta(seconds=settings.ASSISTANT_ENGINE_TERM_S + 2))
+    deadline_at = timezone.now() + timedelta(seconds=settings.ASSISTANT_ENGINE_TERM_S + 2)
+    _move(instance, (State.STARTING, State.READY, State.DRAINING), State.STOPPING, deadline_at=deadline_at)
 
 
 def stopped(instance: Instance, end: Exit | None = None) -> None:
     """→ STOPPED, for good. From STOPPING only once pid and port are proven gone."""
-    _move(instance, State.STOPPED, next_attempt_at=None, **(_exit_fields(end) if end else {}))
+    before = (State.PENDING, State.FAILED, State.CRASH_LOOP, State.STOPPING)
+    _move(instance, before, State.STOPPED, next_attempt_at=None, **(_exit_fields(end) if end else {}))
 
 
 def failed(instance: Instance, end: Exit) -> None:
@@ -164,7 +158,8 @@ def failed(instance: Instance, end: Exit) -> None:
     given_up = failures >= settings.ASSISTANT_ENGINE_TRIES
     next_attempt = None if given_up else now + timedelta(seconds=delay_s(failures))
     state = State.CRASH_LOOP if given_up else State.FAILED
-    _move(instance, state, failures=failures, next_attempt_at=next_attempt, **_exit_fields(end))
+    before = (State.STARTING, State.READY)
+    _move(instance, before, state, failures=failures, next_attempt_at=next_attempt, **_exit_fields(end))
 
 
 def refused(instance: Instance, reason: str, digest: str) -> None:
@@ -173,6 +168,7 @@ def refused(instance: Instance, reason: str, digest: str) -> None:
     next_attempt = timezone.now() + timedelta(seconds=max(FIRST_DELAY_S, delay_s(failures)))
     _move(
         instance,
+        (State.PENDING, State.FAILED),
         State.FAILED,
         failures=failures,
         next_attempt_at=next_attempt,
@@ -186,7 +182,7 @@ def refused(instance: Instance, reason: str, digest: str) -> None:
 
 def reset(instance: Instance) -> None:
     """FAILED or CRASH_LOOP → PENDING: by hand or by a changed configuration; earlier failures are forgotten."""
-    _move(instance, State.PENDING, failures=0, next_attempt_at=None, launch_digest="")
+    _move(instance, (State.FAILED, State.CRASH_LOOP), State.PENDING, failures=0, next_attempt_at=None, launch_digest="")
 
 
 def outdate(instance: Instance) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import psutil
 from django.conf import settings
-from django.db import IntegrityError
+from django.db import IntegrityError, transaction
 from django.utils import timezone
 
 from models_app import coordination, exit_sentence, launch_spec, lifecycle, ports, runtime_folder
@@ -106,7 +106,8 @@ def _claim(instance: Instance, config: ModelConfig, spec: ModelSpec, digest: str
             deadline_at=deadline_at,
         )
         try:
-            lifecycle.starting(instance, claim)
+            with transaction.atomic():
+                lifecycle.starting(instance, claim)
         except IntegrityError:
             continue
         return Launch(spec, instance.pk, instance.generation, claim.port, secret, folder_of(instance))
