@@ -265,7 +265,9 @@ class Exchange:
         """The application returned, failed or was cancelled; an answer it owes is given or cut off visibly."""
         self._channel.server.task_ended(task)
         error = None if task.cancelled() else task.exception()
-        if error is not None:
+        if isinstance(error, ConnectionAbortedError):  # how an application says that it cannot complete what it began
+            logger.warning("%s %s was cut off: %s", self._scope["method"], self._scope["path"], error)
+        elif error is not None:
             logger.error("The application failed on %s %s", self._scope["method"], self._scope["path"], exc_info=error)
         if self.complete or self.gone:
             return

@@ -24,12 +24,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_HEAD = 64 * 1024  # bytes of request line and headers
-HEAD_S = 30.0  # from the first byte of a request to the end of its headers
-BODY_S = 60.0  # between two pieces of a body
-KEEP_ALIVE_S = 75.0  # between two requests
-STALLED_S = 60.0  # without a byte read by the client while an answer waits
-DISCARD_S = 2.0  # for a refused client to stop sending and read the answer
-CLOSE_S = 15.0  # for the last bytes of an answer to leave
 FOREVER = float("inf")
 
 
@@ -74,7 +68,7 @@ class Channel(Protocol):  # type: ignore[misc]  # Twisted is untyped here
         if self.local is not None:
             self.transport.setTcpNoDelay(True)
         self.transport.registerProducer(self, True)
-        self.deadline = self.server.clock + HEAD_S
+        self.deadline = self.server.clock + self.server.deadlines.head
         self.server.channels.add(self)
 
     def connectionLost(self, reason: Any) -> None:
@@ -109,7 +103,7 @@ class Channel(Protocol):  # type: ignore[misc]  # Twisted is untyped here
             if self._raw_head_size > MAX_HEAD:
                 self._refuse(http_errors.head_too_large(MAX_HEAD))
         elif self._incoming is not None and self._reading:
-            self.deadline = self.server.clock + BODY_S
+            self.deadline = self.server.clock + self.server.deadlines.body
 
     # The parser's side
 
@@ -122,7 +116,7 @@ class Channel(Protocol):  # type: ignore[misc]  # Twisted is untyped here
         self._headers: list[tuple[bytes, bytes]] = []
         self._expect = self._upgrade = b""
         if not self._queue:
-            self.deadline = self.server.clock + HEAD_S
+            self.deadline = self.server.clock + self.server.deadlines.head
 
     def on_url(self, target: bytes) -> None:
         self._target += target
@@ -236,7 +230,8 @@ class Channel(Protocol):  # type: ignore[misc]  # Twisted is untyped here
             self._close()
         else:
             self.resume_reading()
-            self.deadline = self.server.clock + (HEAD_S if self._in_head else KEEP_ALIVE_S)
+            deadlines = self.server.deadlines
+            self.deadline = self.server.clock + (deadlines.head if self._in_head else deadlines.keep_alive)
 
     def close_with(self, answer: bytes) -> None:
         """Give the running exchange this answer in its application's place, then close."""
@@ -270,8 +265,8 @@ class Channel(Protocol):  # type: ignore[misc]  # Twisted is untyped here
         """A deadline passed: a slow head, body or reader, an idle connection, or one that would not close."""
         if self._unsent and self._unsent_now() < self._unsent:  # slow, but reading
             self._unsent = self._unsent_now()
-            self.deadline = FOREVER if self.paused else self.server.clock + CLOSE_S
-            self.stall_deadline = self.server.clock + STALLED_S if self.paused else FOREVER
+            self.deadline = FOREVER if self.paused else self.server.clock + self.server.deadlines.close
+            self.stall_deadline = self.server.clock + self.server.deadlines.stalled if self.paused else FOREVER
         elif self._closing or self._queue or self._in_head:
             self.abort()
         else:
@@ -308,13 +303,13 @@ class Channel(Protocol):  # type: ignore[misc]  # Twisted is untyped here
         self._queue.clear()
         self.resume_reading()
         self.transport.loseWriteConnection()
-        self.deadline = self.server.clock + DISCARD_S
+        self.deadline = self.server.clock + self.server.deadlines.discard
 
     def _close(self) -> None:
         self._deaf = True
         self._unregister()
         self.transport.loseConnection()
-        self.deadline = self.server.clock + CLOSE_S
+        self.deadline = self.server.clock + self.server.deadlines.close
 
     def _unregister(self) -> None:
         # With a paused producer registered, Twisted forgets to close once its buffer is empty.
@@ -328,7 +323,7 @@ class Channel(Protocol):  # type: ignore[misc]  # Twisted is untyped here
     def pauseProducing(self) -> None:
         self.paused = True
         self._unsent = self._unsent_now()
-        self.stall_deadline = self.server.clock + STALLED_S
+        self.stall_deadline = self.server.clock + self.server.deadlines.stalled
 
     def resumeProducing(self) -> None:
         self._release_writers()
@@ -355,5 +350,5 @@ class Channel(Protocol):  # type: ignore[misc]  # Twisted is untyped here
         """Read again, unless requests queue up behind the running one."""
         if not self._reading and len(self._queue) <= 1:
             self._reading = True
-            self.deadline = FOREVER if self._incoming is None else self.server.clock + BODY_S
+            self.deadline = FOREVER if self._incoming is None else self.server.clock + self.server.deadlines.body
             self.transport.resumeProducing()

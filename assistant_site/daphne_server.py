@@ -23,6 +23,7 @@ from assistant_site.asgi_types import ASGIApplication, Message, Scope
 from assistant_site.daphne_exchange import APPLICATION_CLOSE_S
 from assistant_site.daphne_http import Channel
 from assistant_site.daphne_websocket import MAX_MESSAGE, Sockets, WebSocket
+from assistant_site.deadlines import Deadlines
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class DaphneServer(Server):  # type: ignore[misc]  # Daphne is untyped
     `forwarded` believes X-Forwarded-*: only for a socket that nobody but our own gateway reaches.
     """
 
-    def __init__(self, application: ASGIApplication, *, forwarded: bool = False) -> None:
+    def __init__(self, application: ASGIApplication, *, forwarded: bool, deadlines: Deadlines) -> None:
         super().__init__(
             application,
             endpoints=["adopted"],  # never read: start() takes a bound socket
@@ -64,6 +65,7 @@ class DaphneServer(Server):  # type: ignore[misc]  # Daphne is untyped
             proxy_forwarded_proto_header="X-Forwarded-Proto" if forwarded else None,
         )
         self.forwarded = forwarded
+        self.deadlines = deadlines
         self.channels: set[Channel] = set()
         self.tasks: set[asyncio.Task[None]] = set()
         # Protocol -> {"connected", "disconnected", "application_instance"}, as in stock; WebSockets only.

@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import uvloop
@@ -22,6 +23,7 @@ import uvloop
 from assistant_site.asgi_types import ASGIApplication
 from assistant_site.binding import AddressInUse, Listener
 from assistant_site.body_limit import BodyLimit
+from assistant_site.deadlines import DEFAULT, Deadlines
 
 logger = logging.getLogger(__name__)
 
@@ -65,12 +67,23 @@ class Signals:
         (self.insisted if self.asked.is_set() else self.asked).set()
 
 
-def run(service: Service, listener: Listener, *, server: str, drain_s: float, max_body: int, forwarded: bool = False) -> int:
-    """Serve until TERM or INT; the exit code. `forwarded` (Daphne only) believes X-Forwarded-* of whoever reaches the socket."""
-    application: ASGIApplication = BodyLimit(service.application, max_body)
-    runs = {"daphne": _on_daphne, "uvicorn": _on_uvicorn}[server]
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """How to serve. `forwarded` (Daphne only) believes X-Forwarded-* of whoever reaches the socket."""
+
+    server: str  # "daphne" or "uvicorn"
+    drain_s: float  # for running requests to end after TERM
+    max_body: int  # bytes
+    forwarded: bool = False
+    deadlines: Deadlines = DEFAULT
+
+
+def run(service: Service, listener: Listener, serving: Serving) -> int:
+    """Serve until TERM or INT; the exit code."""
+    application: ASGIApplication = BodyLimit(service.application, serving.max_body)
+    runs = {"daphne": _on_daphne, "uvicorn": _on_uvicorn}[serving.server]
     try:
-        runs(service, application, listener, drain_s, forwarded)
+        runs(service, application, listener, serving)
     except AddressInUse as error:
         logger.error("%s", error)  # the sentence says it all
         return 1
@@ -80,7 +93,7 @@ def run(service: Service, listener: Listener, *, server: str, drain_s: float, ma
     return 0
 
 
-def _on_daphne(service: Service, application: ASGIApplication, listener: Listener, drain_s: float, forwarded: bool) -> None:
+def _on_daphne(service: Service, application: ASGIApplication, listener: Listener, serving: Serving) -> None:
     loop = uvloop.new_event_loop()
     asyncio.set_event_loop(loop)
     from twisted.internet import asyncioreactor  # importing daphne.server before this would install a reactor on another loop
@@ -90,20 +103,20 @@ def _on_daphne(service: Service, application: ASGIApplication, listener: Listene
 
     from assistant_site.daphne_server import DaphneServer
 
-    http = DaphneServer(application, forwarded=forwarded)
-    life = loop.create_task(_live(service, http, listener, drain_s))
+    http = DaphneServer(application, forwarded=serving.forwarded, deadlines=serving.deadlines)
+    life = loop.create_task(_live(service, http, listener, serving.drain_s))
     life.add_done_callback(lambda _: reactor.stop())
     reactor.run(installSignalHandlers=False)
     life.result()
 
 
-def _on_uvicorn(service: Service, application: ASGIApplication, listener: Listener, drain_s: float, forwarded: bool) -> None:
+def _on_uvicorn(service: Service, application: ASGIApplication, listener: Listener, serving: Serving) -> None:
     from assistant_site.uvicorn_server import UvicornServer
 
-    if forwarded:
+    if serving.forwarded:
         raise ValueError("Forwarded headers are read on Daphne only.")
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_live(service, UvicornServer(application), listener, drain_s))
+        runner.run(_live(service, UvicornServer(application, serving.deadlines), listener, serving.drain_s))
 
 
 async def _live(service: Service, http: HttpServer, listener: Listener, drain_s: float) -> None:

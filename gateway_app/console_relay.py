@@ -102,8 +102,11 @@ class ConsoleRelay:
             return
         async with response:
             await send({"type": "http.response.start", "status": response.status, "headers": _end_to_end(response.raw_headers)})
-            async for data in response.content.iter_any():
-                await send({"type": "http.response.body", "body": data, "more_body": True})
+            try:
+                async for data in response.content.iter_any():
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+            except aiohttp.ClientError as error:
+                raise ConnectionAbortedError(f"The console broke off its answer: {error}") from error
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _url(self, scope: Scope) -> URL:

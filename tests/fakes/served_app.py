@@ -20,9 +20,11 @@ from typing import Any
 
 from assistant_site.asgi_types import Message, Receive, Scope, Send
 from assistant_site.binding import AddressInUse, bind_tcp, bind_unix
-from assistant_site.runner import run
+from assistant_site.deadlines import DEFAULT, Deadlines
+from assistant_site.runner import Serving, run
 from gateway_app.console_relay import ConsoleRelay
 
+HURRIED = Deadlines(head=0.1, body=0.1, keep_alive=1, stalled=0.1, discard=0.1, close=0.1)
 FLOOD = 64 * 1024 * 1024
 PIECE = b"x" * 65536
 
@@ -142,6 +144,8 @@ class Scripted:
     async def do_flood(self, scope: Scope, receive: Receive, send: Send) -> None:
         """64 MiB as fast as send() takes them; "blocked" happens when it takes none for a while."""
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % FLOOD)]})
+        await receive()
+        disconnected = asyncio.ensure_future(receive())
         sent = 0
         while sent < FLOOD:
             sending = asyncio.ensure_future(_body(send, PIECE))
@@ -151,6 +155,9 @@ class Scripted:
                 self.facts["blocked"] = sent
                 self.happened["blocked"].set()
                 await sending
+            if disconnected.done():
+                self.happened["given-up"].set()
+                return
         self.facts.setdefault("blocked", sent)
         self.happened["blocked"].set()
         await send({"type": "http.response.body", "body": b""})
@@ -226,6 +233,7 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--unix", type=Path)
     parser.add_argument("--relay")
+    parser.add_argument("--hurry", action="store_true", help="deadlines of a fraction of a second")
     parser.add_argument("--trust", action="append", default=[])
     parser.add_argument("--drain", type=float, default=5.0)
     parser.add_argument("--max-body", type=int, default=1_000_000)
@@ -236,14 +244,10 @@ def main() -> int:
     except AddressInUse as error:
         logging.getLogger("served_app").error("%s", error)
         return 1
-    return run(
-        Relaying(ConsoleRelay(options.relay, options.trust)) if options.relay else Scripted(),
-        listener,
-        server=options.server,
-        drain_s=options.drain,
-        max_body=options.max_body,
-        forwarded=options.unix is not None,
-    )
+    service = Relaying(ConsoleRelay(options.relay, options.trust)) if options.relay else Scripted()
+    deadlines = HURRIED if options.hurry else DEFAULT
+    serving = Serving(options.server, options.drain, options.max_body, forwarded=options.unix is not None, deadlines=deadlines)
+    return run(service, listener, serving)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import socket
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,37 @@ def test_while_draining_no_connection_is_taken_and_idle_ones_are_closed(kind: st
                 process.connect().close()
         connection.sendall(b"0\r\n\r\n")
         assert process.wait() == 0
+
+
+@both
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"",
+        b"GET / HT",
+        b"POST /echo HTTP/1.1\r\nhost: t\r\ncontent-length: 10\r\n\r\nabc",
+        b"GET /empty HTTP/1.1\r\nhost: t\r\n\r\n",
+    ],
+    ids=["nothing", "half a head", "half a body", "idle"],
+)
+def test_a_client_that_sends_no_more_is_given_up(hurried: dict[str, Served], kind: str, start: bytes) -> None:
+    with hurried[kind].connect() as connection:
+        connection.sendall(start)
+
+        read_all(connection)  # returns when the server closes
+
+
+@pytest.fixture(scope="module")
+def hurried() -> Iterator[dict[str, Served]]:
+    with served("daphne", "--hurry") as daphne, served("uvicorn", "--hurry") as uvicorn:
+        yield {"daphne": daphne, "uvicorn": uvicorn}
+
+
+def test_a_client_that_never_reads_is_given_up(hurried: dict[str, Served]) -> None:
+    with hurried["daphne"].connect() as connection:
+        connection.sendall(b"GET /flood HTTP/1.1\r\nhost: t\r\n\r\n")
+
+        hurried["daphne"].get("/await/given-up")
 
 
 @both

@@ -11,7 +11,7 @@ from django.core.management.base import BaseCommand, CommandError
 
 from assistant_site.asgi_types import Receive, Scope, Send
 from assistant_site.binding import AddressInUse, bind_unix
-from assistant_site.runner import run
+from assistant_site.runner import Serving, run
 
 
 class Console:
@@ -44,13 +44,7 @@ class Command(BaseCommand):
             listener = bind_unix(path)
         except (AddressInUse, OSError) as error:
             raise CommandError(str(error)) from error
-        code = run(
-            Console(),
-            listener,
-            server="daphne",
-            drain_s=settings.ASSISTANT_DRAIN_S,
-            max_body=settings.ASSISTANT_MAX_BODY,
-            forwarded=True,
-        )
+        serving = Serving("daphne", settings.ASSISTANT_DRAIN_S, settings.ASSISTANT_MAX_BODY, forwarded=True)
+        code = run(Console(), listener, serving)
         if code:
             raise SystemExit(code)

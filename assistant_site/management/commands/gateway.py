@@ -12,7 +12,7 @@ from django.core.management.base import BaseCommand, CommandError
 
 from assistant_site import env
 from assistant_site.binding import AddressInUse, bind_tcp, is_loopback
-from assistant_site.runner import run
+from assistant_site.runner import Serving, run
 
 logger = logging.getLogger(__name__)
 
@@ -35,13 +35,12 @@ class Command(BaseCommand):
             logger.warning("%s can be reached from other machines, without TLS: put a TLS proxy in front of it.", listener.name)
         from gateway_app.gateway import Gateway  # its imports are for a process that could bind
 
-        code = run(
-            Gateway.from_settings(),
-            listener,
+        serving = Serving(
             server=options["server"] or settings.ASSISTANT_ASGI_SERVER,
             drain_s=settings.ASSISTANT_DRAIN_S,
             max_body=settings.ASSISTANT_MAX_BODY,
         )
+        code = run(Gateway.from_settings(), listener, serving)
         if code:
             raise SystemExit(code)
 
