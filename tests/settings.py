@@ -16,3 +16,7 @@ os.environ.pop("REDIS_URL", None)
 from assistant_site.settings import *  # noqa: E402, F403
 
 PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]  # fast; tests check no hash strength
+
+if DATABASES["default"]["ENGINE"] == "django.db.backends.sqlite3":  # noqa: F405
+    # A file, as in production: threads with connections of their own lock each other out of a shared in-memory database.
+    DATABASES["default"]["TEST"] = {"NAME": f"{_HOME}/test.sqlite3"}  # type: ignore[dict-item]  # noqa: F405

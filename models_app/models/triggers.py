@@ -59,7 +59,8 @@ PARENTS = (
 )
 
 BUMP = "UPDATE models_app_revision SET value = value + 1 WHERE id = 1;"
-CURRENT = "(SELECT value FROM models_app_revision WHERE id = 1)"
+# A table emptied whole, counter first (flush), must not fail half-way; the next migrate starts a new epoch anyway.
+CURRENT = "COALESCE((SELECT value FROM models_app_revision WHERE id = 1), 0)"
 TOMB = "INSERT INTO models_app_tombstone (table_name, row_id, revision) VALUES"
 
 
