@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
 
@@ -11,7 +12,10 @@ from gateway_app.endpoints.http import ClientGone, Receive, Request, Scope, Send
 from gateway_app.endpoints.inference import Inference, Parts
 from gateway_app.endpoints.models import Models
 from gateway_app.endpoints.readiness import Readiness, healthz
+from gateway_app.endpoints.relay import StreamAborted
 from models_app.contracts.traits import CHAT, COMPLETIONS
+
+logger = logging.getLogger(__name__)
 
 ASGIApplication = Callable[[Scope, Receive, Send], Awaitable[None]]
 Handler = Callable[[Request], Awaitable[None]]
@@ -48,6 +52,9 @@ class Entry:
             await request.fail(error)
         except ClientGone:
             return
+        except StreamAborted as reason:
+            # To return with an answer unfinished is how an application tells the server to cut the connection.
+            logger.info("%s was cut off: %s", request.id, reason)
 
     async def _dispatch(self, request: Request, route: tuple[str, Handler] | None) -> None:
         if route is None:

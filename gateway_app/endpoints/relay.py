@@ -18,8 +18,8 @@ _STREAM_HEADERS = [
 
 
 class StreamAborted(Exception):
-    """An answer that has begun cannot be completed; the error event is sent. The server must end the connection abnormally
-    (no terminating chunk), so that nobody takes it for a whole answer. Expected: to be logged without a traceback.
+    """An answer that has begun cannot be completed, and the client has been told in-band where it still reads. The connection
+    must end abnormally, without a terminating chunk, so that nobody takes what came for a whole answer.
     """
 
 
