@@ -26,7 +26,7 @@ class Served:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.fakes.served_app", *arguments],
             cwd=ROOT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -44,6 +44,7 @@ class Scripted:
 
     async def stop(self) -> None:
         logging.getLogger("service").info("stopped")
+        sys.stdout.write("stopped\n")  # stays in Python's buffer until the end
 
     async def application(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
