@@ -161,6 +161,7 @@ USE_I18N = True
 USE_TZ = True
 STATIC_URL = "/static/"
 SERVESTATIC_USE_FINDERS = True
+SERVESTATIC_ALLOW_ALL_ORIGINS = False
 
 # Behind TLS a trusted proxy (and our own gateway) says so in this header; the gateway drops the client's own.
 SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 import enum
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TypedDict, Unpack
 
 from django.contrib.auth.models import User
@@ -115,15 +115,27 @@ def change_key(key: APIKey, *, actor: User | None = None, **changes: Unpack[KeyC
 
 def check_key(key: APIKey, fields: Collection[str], *, actor: User | None) -> None:
     """What must hold of a key before these fields of it are saved. Raises ValidationError with a dict by field name."""
+    checks: list[Callable[[], None]] = [lambda: key.full_clean(exclude={"public_id", "digest"}, validate_constraints=False)]
     if "scopes" in fields:
-        check_scopes(key.user, key.scopes, actor=actor)
+        checks.append(lambda: check_scopes(key.user, key.scopes, actor=actor))
     if "models" in fields:
-        check_models(key.models)
+        checks.append(lambda: check_models(key.models))
     if "name" in fields:
-        namesakes = APIKey.objects.filter(user=key.user, name=key.name, revoked_at__isnull=True).exclude(pk=key.pk)
-        if namesakes.exists():
-            raise ValidationError({"name": NAME_TAKEN.format(name=key.name)})
-    key.full_clean(exclude={"public_id", "digest"})
+        checks.append(lambda: _check_name(key))
+    errors: dict[str, list[str]] = {}
+    for check in checks:
+        try:
+            check()
+        except ValidationError as error:
+            errors = {**errors, **error.message_dict}
+    if errors:
+        raise ValidationError(errors)
+
+
+def _check_name(key: APIKey) -> None:
+    namesakes = APIKey.objects.filter(user=key.user, name=key.name, revoked_at__isnull=True).exclude(pk=key.pk)
+    if namesakes.exists():
+        raise ValidationError({"name": NAME_TAKEN.format(name=key.name)})
 
 
 def check_scopes(user: User, scopes: Sequence[str], *, actor: User | None) -> None:

@@ -6,7 +6,7 @@ Every check raises ValidationError with a dict by field name.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -22,13 +22,13 @@ MAX_EXTRA_ARGS = 16 * 1024  # characters of JSON
 MAX_OFFERED_FILES = 200
 
 
-def check_model(model: ModelConfig) -> None:
-    """Its name is not an alias's, its files are where model files may be, its extra arguments are an object."""
+def check_model(model: ModelConfig, changed: Collection[str]) -> None:
+    """Its name is not an alias's, its changed files are where model files may be, its extra arguments are an object."""
     errors: dict[str, str] = {}
     if ModelAlias.objects.filter(name=model.name).exists():
         errors["name"] = f"“{model.name}” is the name of an alias already; choose another or delete that alias."
     for field in PATH_FIELDS:
-        if raw := getattr(model, field):
+        if field in changed and (raw := getattr(model, field)):
             try:
                 resolve_model_path(raw)
             except PathNotAllowed as error:
@@ -71,13 +71,15 @@ def resolve_model_path(raw: str) -> Path:
     allowed = ", ".join(str(folder) for folder in folders)
     if "\0" in raw:
         raise PathNotAllowed("A path cannot contain a zero byte.")
-    path = Path(raw).expanduser()
+    path = Path(raw)
     candidates = [path] if path.is_absolute() else [folder / path for folder in folders]
-    found = next((real for real in map(_real, candidates) if real is not None), None)
+    # What lies elsewhere is refused before anything is said about whether it exists.
+    inside = [real for real in map(_real, candidates) if any(real.is_relative_to(folder.resolve()) for folder in folders)]
+    if not inside:
+        raise PathNotAllowed(f"{raw} is outside the folders for model files, which are: {allowed} (ASSISTANT_MODEL_DIRS).")
+    found = next((real for real in inside if real.is_file()), None)
     if found is None:
         raise PathNotAllowed(f"There is no file {raw} on this node. Model files may be in: {allowed}.")
-    if not any(found.is_relative_to(folder.resolve()) for folder in folders):
-        raise PathNotAllowed(f"{raw} is outside the folders for model files, which are: {allowed} (ASSISTANT_MODEL_DIRS).")
     return found
 
 
@@ -100,11 +102,12 @@ def _is_model_name(name: str) -> bool:
     return True
 
 
-def _real(path: Path) -> Path | None:
+def _real(path: Path) -> Path:
+    """Links followed as far as the path exists; a loop of links raises PathNotAllowed."""
     try:
-        return path.resolve(strict=True) if path.is_file() else None
-    except OSError:
-        return None
+        return path.resolve()
+    except (OSError, RuntimeError):
+        raise PathNotAllowed(f"{path} cannot be followed to a file.") from None
 
 
 def _ggufs(folder: Path, depth: int = 3) -> Iterator[Path]:

@@ -21,7 +21,7 @@ from unfold.widgets import UnfoldAdminCheckboxSelectMultipleWidget, UnfoldAdminS
 from models_app import keys
 from models_app.admin.base import NOTHING, Admin, RuleForm, age, base_url, column, confirmed, done
 from models_app.keys import KeyStatus
-from models_app.models import APIKey
+from models_app.models import APIKey, Instance
 from models_app.models.api_key import ADMIN, INFERENCE
 
 LABELS = {
@@ -68,6 +68,12 @@ class APIKeyForm(RuleForm[APIKey]):
             keys.check_new_key(row, actor=self.actor)
         else:
             keys.check_key(row, set(self.changed_data), actor=self.actor)
+
+
+def example_model(key: APIKey) -> str:
+    """A model for the examples: one the key may use, one that is ready rather than not."""
+    ready = list(Instance.objects.ready().order_by("model_name").values_list("model_name", flat=True)[:1])
+    return (key.models or ready or keys.known_model_names() or ["your-model"])[0]
 
 
 class StatusFilter(DropdownFilter):  # type: ignore[misc]  # unfold has no types
@@ -149,7 +155,7 @@ class APIKeyAdmin(Admin[APIKey]):
             "key": obj,
             "text": request.new_key_text,  # type: ignore[attr-defined]
             "base_url": base_url(request),
-            "model": (obj.models or keys.known_model_names() or ["your-model"])[0],
+            "model": example_model(obj),
             "detail_url": reverse("admin:models_app_apikey_change", args=[obj.pk]),
             "list_url": reverse("admin:models_app_apikey_changelist"),
         }

@@ -74,6 +74,8 @@ class RuleForm(ModelForm[M], Generic[M]):
             self.check_row(row)
         except ValidationError as error:
             for field, messages_ in error.message_dict.items():
+                if field in self.errors:
+                    continue  # the field itself has been refused already
                 self.add_error(field if field in self.fields else None, messages_)
         return cleaned
 

@@ -16,7 +16,7 @@ from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
 from unfold.widgets import UnfoldAdminTextareaWidget, UnfoldAdminTextInputWidget
 
-from models_app import model_rules, model_status, operations, tasks
+from models_app import model_preflight, model_rules, model_status, operations, tasks
 from models_app.admin.base import Admin, RuleForm, column, confirmed, done, size
 from models_app.exceptions import AssistantError
 from models_app.model_status import Condition, ModelStatus
@@ -53,8 +53,6 @@ class ModelConfigForm(RuleForm[ModelConfig]):
             "tts_model_path": "Speech model",
             "ctx_size": "Context size",
             "gpu_layers": "GPU layers",
-            "min_replicas": "Processes, at least",
-            "max_replicas": "Processes, at most",
             "idle_timeout_s": "Idle time-out",
             "extra_args": "Extra arguments",
         }
@@ -64,7 +62,7 @@ class ModelConfigForm(RuleForm[ModelConfig]):
         }
 
     def check_row(self, row: ModelConfig) -> None:
-        model_rules.check_model(row)
+        model_preflight.check_model(row, self.changed_data if row.pk else self.fields)
 
 
 @admin.register(ModelConfig)

@@ -8,6 +8,7 @@ from typing import Any
 from django.contrib import admin
 from django.db.models import QuerySet
 from django.http import HttpRequest
+from django.utils.html import format_html
 from django.utils.safestring import SafeString
 from unfold.contrib.filters.admin import BooleanRadioFilter, ChoicesDropdownFilter, FieldTextFilter, RangeDateTimeFilter
 from unfold.paginator import InfinitePaginator
@@ -21,7 +22,7 @@ LABELS = {"ok": "success", "refused": "warning", "error": "danger", "never answe
 @admin.register(UsageEvent)
 class UsageEventAdmin(Admin[UsageEvent]):
     list_display = (
-        "started", "outcome", "asked", "who", "tokens", "first", "total", "end_reason", "request_id",
+        "started", "outcome", "asked", "who", "tokens", "first", "total", "end_reason", "short_id",
     )  # fmt: skip
     list_filter = (
         ("started_at", RangeDateTimeFilter),
@@ -67,7 +68,7 @@ class UsageEventAdmin(Admin[UsageEvent]):
 
     @column("model", header=True)
     def asked(self, event: UsageEvent) -> Sequence[str]:
-        return (event.model_name or NOTHING, f"{event.endpoint}{' · stream' if event.stream else ''}")
+        return (event.model_name or NOTHING, f"{event.endpoint.removeprefix('/v1/')}{' · stream' if event.stream else ''}")
 
     @column("user", header=True)
     def who(self, event: UsageEvent) -> Sequence[str]:
@@ -75,7 +76,11 @@ class UsageEventAdmin(Admin[UsageEvent]):
 
     @column("tokens in → out")
     def tokens(self, event: UsageEvent) -> str:
-        return f"{_count(event.prompt_tokens)} → {_count(event.completion_tokens)}"
+        return f"{_count(event.prompt_tokens)}\u00a0→\u00a0{_count(event.completion_tokens)}"
+
+    @column("request id")
+    def short_id(self, event: UsageEvent) -> SafeString:
+        return format_html('<span class="as-mono" title="{}">{}…</span>', event.request_id, event.request_id[:14])
 
     @column("first token")
     def first(self, event: UsageEvent) -> str:
@@ -93,4 +98,4 @@ def _count(tokens: int | None) -> str:
 def _milliseconds(value: Any) -> str:
     if value is None:
         return NOTHING
-    return f"{value:.0f} ms" if value < 10_000 else f"{value / 1000:.1f} s"
+    return f"{value:.0f}\u00a0ms" if value < 10_000 else f"{value / 1000:.1f}\u00a0s"

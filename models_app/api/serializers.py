@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from typing import Any, ClassVar, Generic, TypeVar
 
 from django.conf import settings
 from django.contrib.auth.models import User
+from django.core.exceptions import ValidationError
 from django.db.models import Model
 from drf_spectacular.utils import extend_schema_field
 from rest_framework import serializers
 
-from models_app import keys, model_rules, model_status
+from models_app import keys, model_preflight, model_rules, model_status
+from models_app.api.errors import by_field
 from models_app.api.fields import IdOrName, ObjectField
 from models_app.contracts import secret_box
 from models_app.models import APIKey, Instance, ModelAlias, ModelConfig, Node, RemoteServer, UsageEvent
@@ -28,11 +31,14 @@ class CheckedSerializer(serializers.ModelSerializer[M], Generic[M]):
         row = copy.copy(self.instance) if self.instance else model()
         for name, value in attrs.items():
             setattr(row, name, value)
-        row.full_clean()
-        self.check_row(row)
+        try:
+            row.full_clean()
+            self.check_row(row, set(attrs))
+        except ValidationError as error:
+            raise serializers.ValidationError(by_field(error)) from None
         return attrs
 
-    def check_row(self, row: Any) -> None:
+    def check_row(self, row: Any, changed: Collection[str]) -> None:
         """Raise ValidationError where the row breaks a rule beyond its own fields and constraints."""
 
 
@@ -55,8 +61,8 @@ class ModelSerializer(CheckedSerializer[ModelConfig]):
         fields: ClassVar = ["id", *settings_fields, "aliases", "state", "ready_replicas", "reason", "created_at", "updated_at"]
         read_only_fields: ClassVar = ["created_at", "updated_at"]
 
-    def check_row(self, row: ModelConfig) -> None:
-        model_rules.check_model(row)
+    def check_row(self, row: ModelConfig, changed: Collection[str]) -> None:
+        model_preflight.check_model(row, changed)
 
     @extend_schema_field(serializers.ChoiceField(choices=[condition.value for condition in model_status.Condition]))
     def get_state(self, model: ModelConfig) -> str:
@@ -80,7 +86,7 @@ class ModelAliasSerializer(CheckedSerializer[ModelAlias]):
         model = ModelAlias
         fields: ClassVar = ["id", "name", "model", "model_name"]
 
-    def check_row(self, row: ModelAlias) -> None:
+    def check_row(self, row: ModelAlias, changed: Collection[str]) -> None:
         model_rules.check_alias(row)
 
 
@@ -133,7 +139,7 @@ class RemoteServerSerializer(CheckedSerializer[RemoteServer]):
             attrs["secret"] = secret_box.seal(settings.SECRET_KEY, attrs["secret"])
         return super().validate(attrs)
 
-    def check_row(self, row: RemoteServer) -> None:
+    def check_row(self, row: RemoteServer, changed: Collection[str]) -> None:
         model_rules.check_remote_server(row)
 
 

@@ -1,0 +1,36 @@
+"""Everything asked of a model before it is saved: our own rules, then the engine's preflight; errors stand in the form."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from django.core.exceptions import NON_FIELD_ERRORS, ValidationError
+
+from models_app import launch_spec, model_rules
+from models_app.engines import registry
+from models_app.exceptions import PathNotAllowed, PreflightError
+from models_app.models import ModelConfig
+
+
+def check_model(model: ModelConfig, changed: Collection[str]) -> None:
+    """Raise ValidationError with a dict by field name. Only what a change of these fields can break is looked at."""
+    model_rules.check_model(model, changed)
+    if not set(launch_spec.LAUNCH_FIELDS).intersection(changed):
+        return
+    try:
+        spec = launch_spec.model_spec(model)
+    except PathNotAllowed:
+        return  # an unchanged path; its file may be on another node, or be gone, which the instance will say
+    try:
+        registry.adapter(model.engine).preflight(spec)
+    except PreflightError as error:
+        raise ValidationError({_field(model, str(error)): str(error)}) from None
+
+
+def _field(model: ModelConfig, message: str) -> str:
+    """The setting a preflight message is about: the first it names, by name or by its path."""
+    words = [(field, field) for field in launch_spec.LAUNCH_FIELDS if "_" in field]  # “name” or “port” may be just words
+    paths = [(field, getattr(model, field)) for field in model_rules.PATH_FIELDS]
+    words += [(field, str(model_rules.resolve_model_path(path))) for field, path in paths if path]
+    named = [(message.find(word), field) for field, word in words if word in message]
+    return min(named, default=(0, NON_FIELD_ERRORS))[1]
