@@ -54,7 +54,7 @@ def check_remote_server(remote: RemoteServer) -> None:
     if problem:
         errors["address"] = problem
     table = remote.models
-    if not isinstance(table, dict) or not all(isinstance(theirs, str) and theirs.strip() for theirs in table.values()):
+    if not isinstance(table, dict) or not all(map(_is_foreign_name, table.values())):
         errors["models"] = 'Give an object of names here and names there, such as {"gpt-4o": "gpt-4o"}.'
     elif wrong := [ours for ours in table if not _is_model_name(ours)]:
         errors["models"] = f"Not a model name: {', '.join(wrong)}. {MODEL_NAME.message}"
@@ -92,6 +92,10 @@ def offered_files() -> list[str]:
                 return found
             found.append(str(file))
     return found
+
+
+def _is_foreign_name(name: object) -> bool:
+    return isinstance(name, str) and bool(name.strip()) and name.isprintable()
 
 
 def _is_model_name(name: str) -> bool:

@@ -205,6 +205,7 @@ def test_a_remote_servers_secret_goes_in_and_never_comes_out(api: Api) -> None:
         ({"models": ["x"]}, "models"),
         ({"models": {"bad name": "x"}}, "models"),
         ({"models": {"x": 1}}, "models"),
+        ({"models": {"x": "a\0b"}}, "models"),
         ({"weight": -1}, "weight"),
     ],
 )
