@@ -1,6 +1,6 @@
 """Celery tasks: fetch, call the service, say what comes next. Nothing here waits for an engine.
 
-Queues: control (any worker), node.<name> (processes of that machine), bulk.<name> (long work of that machine).
+Queues: control (any worker, the default), node.<name> (processes of that machine), bulk.<name> (long work of that machine).
 Whatever a dead worker lost, the next reconcile orders again.
 """
 
@@ -82,7 +82,7 @@ def _leased(name: str) -> Iterator[bool]:
             lease.release()
 
 
-@shared_task(queue="control", **CONTROL)
+@shared_task(**CONTROL)
 def reconcile(insist: bool = False) -> None:
     """One round. insist: something has changed just now, so if a round is under way run another right after it."""
     with _leased("reconcile") as alone:
@@ -100,7 +100,7 @@ def _send(order: Order) -> None:
     _enqueue(_TASKS[order.do], args=arguments, queue=node_queue(order.node), expires=ORDER_EXPIRES_S)
 
 
-@shared_task(queue="control", **CONTROL)
+@shared_task(**CONTROL)
 def fan_out(task: str, queue: str, expires: float) -> None:
     """Send a periodic task to `<queue>.<node>` of every node."""
     for name in nodes.to_ask():

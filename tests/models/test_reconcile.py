@@ -237,10 +237,12 @@ class TestEffects:
     def test_fields_that_the_process_does_not_depend_on_restart_nothing(self) -> None:
         model = make_model()
         before = launch_spec.digest(model)
-        for field, value in {"priority": 5, "idle_timeout_s": 9, "pinned": True, "max_replicas": 3, "enabled": False}.items():
+        harmless: dict[str, object] = {"priority": 5, "idle_timeout_s": 9, "pinned": True, "max_replicas": 3, "enabled": False}
+        for field, value in harmless.items():
             setattr(model, field, value)
         assert launch_spec.digest(model) == before
-        for field, value in {"ctx_size": 128, "slots": 7, "extra_args": {"warmup": False}, "engine": "other"}.items():
+        launched_with: dict[str, object] = {"ctx_size": 128, "slots": 7, "extra_args": {"warmup": False}, "engine": "other"}
+        for field, value in launched_with.items():
             setattr(model, field, value)
             assert launch_spec.digest(model) != before
             before = launch_spec.digest(model)
