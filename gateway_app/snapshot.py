@@ -113,6 +113,11 @@ class Feed:
         """Whether the snapshot may differ from the database for want of an answer."""
         return self._failed or self._read_at is None or time.monotonic() - self._read_at > STALE_AFTER_S
 
+    @property
+    def checks(self) -> int:
+        """Comparisons begun so far."""
+        return self._begun
+
     async def start(self) -> None:
         """Start the thread and wait for the first snapshot. Raises django.db.Error where the database does not give one."""
         self._loop = asyncio.get_running_loop()
@@ -128,7 +133,8 @@ class Feed:
         """End the thread and close its database connection."""
         self._stopping = True
         self._wake.set()
-        await asyncio.to_thread(self._thread.join)
+        if self._thread.ident is not None:  # it was started
+            await asyncio.to_thread(self._thread.join)
 
     def hint(self) -> None:
         """Something may have changed: compare now."""

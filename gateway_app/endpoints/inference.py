@@ -193,7 +193,7 @@ class Inference:
     async def _stream(self, exchange: Exchange) -> None:
         response = await self._send(exchange)
         scanner = StreamScanner(exchange.call.model, exchange.call.wants_usage)
-        async with aclosing(cast(AsyncGenerator[bytes, None], response.chunks())) as chunks:
+        async with aclosing(response.chunks()) as chunks:
             first = await _first_event(scanner, chunks)
             exchange.begun = True
             try:
@@ -243,7 +243,7 @@ async def _first_event(scanner: StreamScanner, chunks: AsyncGenerator[bytes, Non
             break
     else:
         held += scanner.finish()
-    if scanner.error is not None and not held:
+    if scanner.error is not None and b"data:" not in held:  # comments are no answer
         raise errors.from_engine(200, scanner.error)
     if not scanner.saw_event:
         raise UpstreamBroken("the stream ended before its first event")

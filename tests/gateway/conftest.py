@@ -16,6 +16,7 @@ import pytest
 from django.contrib.auth.models import User
 from django.db import connections
 
+from assistant_site import deadlines
 from assistant_site.uvicorn_server import UvicornServer
 from gateway_app.endpoints.http import Receive, Scope, Send
 from gateway_app.endpoints.relay import Patience
@@ -155,21 +156,23 @@ def config(spool: Path, redis_url: str, **changes: Any) -> GatewayConfig:
 
 @asynccontextmanager
 async def served(gateway: Gateway, spool: Path) -> AsyncIterator[Served]:
-    listener = socket.socket()
-    listener.bind((HOST, 0))
-    listener.listen()
-    server = UvicornServer(gateway.application)
-    await gateway.start()
-    await server.start(listener)
-    port = listener.getsockname()[1]
-    try:
-        async with httpx.AsyncClient(base_url=f"http://{HOST}:{port}", timeout=30) as client:
-            yield Served(gateway, port, client, spool)
-    finally:
-        cut = asyncio.Event()
-        cut.set()
-        await server.drain(0, cut)
-        await gateway.stop()
+    with socket.socket() as listener:
+        listener.bind((HOST, 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        server = UvicornServer(gateway.application, deadlines.DEFAULT)
+        try:
+            await gateway.start()
+            await server.start(listener)
+            try:
+                async with httpx.AsyncClient(base_url=f"http://{HOST}:{port}", timeout=30) as client:
+                    yield Served(gateway, port, client, spool)
+            finally:
+                cut = asyncio.Event()
+                cut.set()
+                await server.drain(0, cut)
+        finally:
+            await gateway.stop()
 
 
 @pytest.fixture

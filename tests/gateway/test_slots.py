@@ -1,0 +1,222 @@
+"""Slots, queue and balancer: pure, so every order of events can be played."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway_app.routing.backends import Backend, Model, Offer
+from gateway_app.routing.balancer import choose
+from gateway_app.routing.slots import QUEUE_AT_LEAST, Refusal, Slots, Waiter
+from gateway_app.upstream.origin import Origin
+
+CHAT = "/v1/chat/completions"
+
+
+def backend(name: str = "b", slots: int = 1, **fields: Any) -> Backend:
+    return Backend(name=name, ident=name, origin=Origin("127.0.0.1", 1), targets={CHAT: b"/"}, headers=(), slots=slots, **fields)
+
+
+def model(*backends: Backend, name: str = "m", failure: str | None = None) -> Model:
+    offers = tuple(Offer(each, name) for each in backends)
+    return Model(name, 0, frozenset({CHAT}), {CHAT: offers} if offers else {}, local=True, failure=failure)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Queue:
+    """Slots with waiters that note what became of them."""
+
+    def __init__(self, *models: Model) -> None:
+        self.clock = Clock()
+        self.slots = Slots(self.clock)
+        self.known = {each.name: each for each in models}
+        self.slots.refresh(self.known)
+        self.log: list[tuple[str, str]] = []
+
+    def wait(self, who: str, for_model: Model, excluded: Iterable[Backend] = ()) -> Waiter:
+        self.clock.now += 1
+        waiter = Waiter(
+            CHAT,
+            lambda offer: self.log.append((who, offer.backend.name)),
+            lambda why: self.log.append((who, why.name)),
+            list(excluded),
+            self.clock.now,
+        )
+        assert self.slots.enqueue(for_model, waiter)
+        return waiter
+
+    def refresh(self, *models: Model) -> None:
+        self.known = {each.name: each for each in models}
+        self.slots.refresh(self.known)
+
+
+def test_the_least_busy_share_is_chosen_and_equals_take_turns() -> None:
+    small, large = backend("small", 2), backend("large", 8)
+    chat = model(small, large)
+    slots = Slots()
+    picks = [offer.backend.name for _ in range(10) if (offer := slots.take(chat, CHAT))]
+    assert (small.in_flight, large.in_flight) == (2, 8)
+    assert picks[:2] in (["small", "large"], ["large", "small"])
+    assert slots.take(chat, CHAT) is None
+    for _ in range(3):
+        slots.release(large)
+    turns = [backend("a", 4), backend("b", 4), backend("c", 4)]
+    even = model(*turns)
+    order = [offer.backend.name for _ in range(6) if (offer := slots.take(even, CHAT))]
+    assert sorted(order[:3]) == ["a", "b", "c"]
+    assert order[:3] == order[3:]
+
+
+def test_weight_draws_traffic_and_closed_doors_none() -> None:
+    light, heavy = backend("light", 10), backend("heavy", 10, weight=3.0)
+    chat = model(light, heavy)
+    slots = Slots()
+    for _ in range(8):
+        assert slots.take(chat, CHAT)
+    assert (light.in_flight, heavy.in_flight) == (2, 6)
+    for name in ("suspended", "retired"):
+        assert choose([Offer(backend(**{name: True}), "m")]) is None
+    assert choose([Offer(backend(allowed=False), "m")]) is None
+    assert choose([Offer(light, "m")], excluded=[light]) is None
+
+
+def test_a_freed_slot_wakes_exactly_the_oldest_waiter() -> None:
+    only = backend()
+    chat = model(only)
+    queue = Queue(chat)
+    assert queue.slots.take(chat, CHAT)
+    for who in ("first", "second", "third"):
+        queue.wait(who, chat)
+    queue.slots.release(only)
+    assert queue.log == [("first", "b")]
+    assert only.in_flight == 1
+    queue.slots.release(only)
+    queue.slots.release(only)
+    assert [who for who, _ in queue.log] == ["first", "second", "third"]
+    queue.slots.release(only)
+    assert (only.in_flight, queue.slots.waiting) == (0, 0)
+
+
+def test_who_left_the_queue_is_passed_over() -> None:
+    only = backend()
+    chat = model(only)
+    queue = Queue(chat)
+    assert queue.slots.take(chat, CHAT)
+    first = queue.wait("first", chat)
+    queue.wait("second", chat)
+    queue.slots.leave(chat, first)
+    queue.slots.leave(chat, first)
+    assert queue.slots.waiting == 1
+    queue.slots.release(only)
+    assert queue.log == [("second", "b")]
+
+
+def test_nobody_gets_a_backend_that_just_failed_him() -> None:
+    bad, good = backend("bad"), backend("good")
+    chat = model(bad, good)
+    queue = Queue(chat)
+    assert queue.slots.take(chat, CHAT)
+    assert queue.slots.take(chat, CHAT)
+    queue.wait("burnt", chat, excluded=[bad])
+    queue.wait("fresh", chat)
+    queue.slots.release(bad)
+    assert queue.log == [("fresh", "bad")]
+    queue.slots.release(good)
+    assert queue.log == [("fresh", "bad"), ("burnt", "good")]
+
+
+def test_a_backend_of_two_models_serves_whoever_waits_longest() -> None:
+    shared = backend()
+    one, two = model(shared, name="one"), model(shared, name="two")
+    queue = Queue(one, two)
+    assert queue.slots.take(one, CHAT)
+    queue.wait("b", two)
+    queue.wait("a", one)
+    queue.slots.release(shared)
+    queue.slots.release(shared)
+    assert [who for who, _ in queue.log] == ["b", "a"]
+
+
+def test_new_ready_and_reopened_backends_wake_as_many_as_they_hold() -> None:
+    empty = model()
+    queue = Queue(empty)
+    for who in ("a", "b", "c"):
+        queue.wait(who, empty)
+    queue.refresh(model(backend(slots=2)))
+    assert [who for who, _ in queue.log] == ["a", "b"]
+    closed = backend("late", allowed=False)
+    queue.refresh(model(closed))
+    assert len(queue.log) == 2
+    closed.allowed = True
+    queue.slots.reopened(closed)
+    assert queue.log[-1] == ("c", "late")
+
+
+def test_waiters_without_hope_are_sent_away() -> None:
+    gone, failed = model(name="gone"), model(name="failed")
+    queue = Queue(gone, failed)
+    queue.wait("a", gone)
+    queue.wait("b", failed)
+    queue.refresh(model(name="failed", failure="bad file"))
+    assert sorted(queue.log) == [("a", Refusal.MODEL_GONE.name), ("b", Refusal.MODEL_FAILED.name)]
+    assert queue.slots.waiting == 0
+
+
+def test_the_queue_is_bounded_and_says_when_to_come_back() -> None:
+    only = backend()
+    chat = model(only)
+    queue = Queue(chat)
+    assert queue.slots.take(chat, CHAT)
+    for number in range(QUEUE_AT_LEAST):
+        queue.wait(str(number), chat)
+    assert not queue.slots.enqueue(chat, Waiter(CHAT, lambda _: None, lambda _: None))
+    assert queue.slots.retry_after_s("m") == 1.0
+    for _ in range(20):
+        queue.clock.now += 0.1
+        queue.slots.release(only)
+    assert 10 < queue.slots.retry_after_s("m") < 30  # some 236 waiters at a tenth of a second each
+    assert queue.slots.queued("m") == QUEUE_AT_LEAST - 20
+    assert queue.slots.oldest_wait_s("m") > 0
+
+
+@given(st.integers(0, 2**32))
+def test_whatever_happens_no_slot_is_lost_given_twice_or_left_free(seed: int) -> None:
+    chance = random.Random(seed)
+    backends = [backend(f"b{number}", chance.randint(1, 3)) for number in range(3)]
+    models = [model(*chance.sample(backends, chance.randint(1, 3)), name=f"m{number}") for number in range(3)]
+    slots = Slots()
+    slots.refresh({each.name: each for each in models})
+    holders: list[Backend] = []
+    waiting: list[tuple[Model, Waiter]] = []
+    for _ in range(200):
+        action, chat = chance.random(), chance.choice(models)
+        if action < 0.5:
+            offer = slots.take(chat, CHAT)
+            if offer is not None:
+                holders.append(offer.backend)
+            else:
+                waiter = Waiter(CHAT, lambda granted: holders.append(granted.backend), lambda _: None)
+                slots.enqueue(chat, waiter)
+                waiting.append((chat, waiter))
+        elif action < 0.9 and holders:
+            slots.release(holders.pop(chance.randrange(len(holders))))
+        elif waiting:
+            slots.leave(*waiting.pop(chance.randrange(len(waiting))))
+        for each in backends:
+            assert each.in_flight == holders.count(each) <= each.slots
+        for each in models:
+            free = any(offer.backend.has_room for offer in each.offers[CHAT])
+            assert not (free and slots.queued(each.name))
+    for holder in list(holders):
+        slots.release(holder)
