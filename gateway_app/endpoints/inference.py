@@ -13,7 +13,6 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import cast
 
 from gateway_app import errors
 from gateway_app.directory import Directory

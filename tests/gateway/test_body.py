@@ -72,9 +72,9 @@ def test_a_value_that_cannot_be_written_again_is_refused() -> None:
 def test_prompts_may_be_texts_or_tokens() -> None:
     for prompt in ("hi", ["a", "b"], [1, 2], [[1, 2], [3]]):
         parse(json.dumps({"model": "ours", "prompt": prompt}).encode(), COMPLETIONS)
-    for prompt in (None, 7, {}, [None], [{"a": 1}]):
+    for wrong in (b"null", b"7", b"{}", b"[null]", b'[{"a":1}]'):
         with pytest.raises(ApiError) as caught:
-            parse(json.dumps({"model": "ours", "prompt": prompt}).encode(), COMPLETIONS)
+            parse(b'{"model":"ours","prompt":' + wrong + b"}", COMPLETIONS)
         assert caught.value.param == "prompt"
 
 

@@ -43,8 +43,7 @@ async def good(peer: Peer) -> None:
 
 
 async def telemetry(gateway: Served, live: Redis) -> GatewayTelemetry:
-    text = await live.get(telemetry_key(gateway.gateway.id))
-    found: GatewayTelemetry = json.loads(text)
+    found: GatewayTelemetry = json.loads(await live.get(telemetry_key(gateway.gateway.id)) or "")
     return found
 
 
@@ -142,9 +141,6 @@ async def test_requests_go_on_while_valkey_is_away_and_new_instances_too(
     cast: Cast, serve: Serve, engine: Engine, broker: Valkey, caplog: pytest.LogCaptureFixture
 ) -> None:
     upstream = await engine(good)
-
-    def another(name: str) -> Instance:
-        return cast.instance(cast.model(name), upstream.port, generation=upstream.connections + len(name))
 
     await in_database(lambda: cast.instance(cast.model("first"), upstream.port))
     with broker.running():

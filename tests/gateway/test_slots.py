@@ -85,9 +85,8 @@ def test_weight_draws_traffic_and_closed_doors_none() -> None:
     for _ in range(8):
         assert slots.take(chat, CHAT)
     assert (light.in_flight, heavy.in_flight) == (2, 6)
-    for name in ("suspended", "retired"):
-        assert choose([Offer(backend(**{name: True}), "m")]) is None
-    assert choose([Offer(backend(allowed=False), "m")]) is None
+    for closed in (backend(suspended=True), backend(retired=True), backend(allowed=False)):
+        assert choose([Offer(closed, "m")]) is None
     assert choose([Offer(light, "m")], excluded=[light]) is None
 
 
@@ -215,8 +214,9 @@ def test_whatever_happens_no_slot_is_lost_given_twice_or_left_free(seed: int) ->
             slots.leave(*waiting.pop(chance.randrange(len(waiting))))
         for each in backends:
             assert each.in_flight == holders.count(each) <= each.slots
-        for each in models:
-            free = any(offer.backend.has_room for offer in each.offers[CHAT])
-            assert not (free and slots.queued(each.name))
-    for holder in list(holders):
-        slots.release(holder)
+        for served in models:
+            free = any(offer.backend.has_room for offer in served.offers[CHAT])
+            assert not (free and slots.queued(served.name))
+    while holders:
+        slots.release(holders.pop())
+    assert not any(each.in_flight for each in backends)
