@@ -74,8 +74,7 @@ def main(folder: str) -> int:
     spec: Spec = json.loads((Path(folder) / SPEC).read_text())
     try:
         server = xllamacpp.Server(parameters(spec))
-    except RuntimeError as error:
-        sys.stderr.write(f"embedded_server: {error}\n")
+    except RuntimeError:  # its text is the same for every cause; llama.cpp's own last lines, just printed, tell which
         return 1
     sys.stdout.write(f"embedded_server: {spec['model_alias']} serves on {server.listening_address}\n")
     sys.stdout.flush()
