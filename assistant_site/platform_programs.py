@@ -7,8 +7,8 @@ import os
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 
+import psutil
 from django.conf import settings
 
 from assistant_site import valkey
@@ -83,7 +83,7 @@ def _valkey(common: Mapping[str, str]) -> list[Program]:
             name="valkey",
             argv=place.argv(),
             env=common,
-            ready=place.ready,
+            ready=_valkey_answers,
             stop_order=VALKEY,
             stop_timeout_s=VALKEY_STOP_S,
             hint=valkey.HINT,
@@ -102,7 +102,7 @@ def _celery(common: Mapping[str, str]) -> list[Program]:
     return [
         Program(
             name=name,
-            argv=[sys.executable, "-m", "celery", "-A", "assistant_site.celery", *rest],
+            argv=[sys.executable, "-m", "celery", "--quiet", "-A", "assistant_site.celery", *rest],
             env=_with_settings(common),
             cwd=settings.BASE_DIR,
             level=1,
@@ -135,23 +135,28 @@ def reachable(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  # names, nothing is bound here
 
 
-async def _console_answers() -> bool:
-    return await _accepts_unix(settings.ASSISTANT_CONSOLE_SOCKET)
+async def _valkey_answers(_pid: int) -> bool:
+    return await valkey.from_settings().ready()
 
 
-async def _grpc_listens() -> bool:
-    host, port = settings.ASSISTANT_GRPC_ADDR
+async def _console_answers(_pid: int) -> bool:
     with suppress(OSError, TimeoutError):
         async with asyncio.timeout(PROBE_S):
-            _, writer = await asyncio.open_connection(reachable(host), port)
+            _, writer = await asyncio.open_unix_connection(str(settings.ASSISTANT_CONSOLE_SOCKET))
         writer.close()
         return True
     return False
 
 
-async def _gateway_answers() -> bool:
+async def _grpc_listens(pid: int) -> bool:
+    return listens(pid, settings.ASSISTANT_GRPC_ADDR[1])
+
+
+async def _gateway_answers(pid: int) -> bool:
     """/healthz says 200: not /readyz, which may say no for reasons that are not the gateway's to mend."""
     host, port = settings.ASSISTANT_HTTP_ADDR
+    if not listens(pid, port):
+        return False
     with suppress(OSError, TimeoutError):
         async with asyncio.timeout(PROBE_S):
             reader, writer = await asyncio.open_connection(reachable(host), port)
@@ -162,10 +167,9 @@ async def _gateway_answers() -> bool:
     return False
 
 
-async def _accepts_unix(path: Path) -> bool:
-    with suppress(OSError, TimeoutError):
-        async with asyncio.timeout(PROBE_S):
-            _, writer = await asyncio.open_unix_connection(str(path))
-        writer.close()
-        return True
+def listens(pid: int, port: int) -> bool:
+    """This process, and not another that answers there, has the listening socket."""
+    with suppress(psutil.Error):
+        sockets = psutil.Process(pid).net_connections(kind="tcp")
+        return any(one.status == psutil.CONN_LISTEN and one.laddr and one.laddr[1] == port for one in sockets)
     return False

@@ -30,7 +30,8 @@ STEADY_S = 30.0  # a process that lived this long starts the back-off anew
 CHUNK = 64 * 1024  # bytes per read
 LAST_READ = 16  # chunks read of a process that has ended; a grandchild could write for ever
 
-Probe = Callable[[], Awaitable[bool]]
+# Given the pid: an address may be answered by somebody else's process.
+Probe = Callable[[int], Awaitable[bool]]
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ class Supervisor:
             return
         try:
             async with asyncio.timeout(child.program.start_timeout_s):
-                while child.pid is None or not await child.program.ready():  # noqa: ASYNC110  # nobody sets an event
+                while child.pid is None or not await child.program.ready(child.pid):  # noqa: ASYNC110  # nobody sets an event
                     await asyncio.sleep(PROBE_PERIOD_S)
         except TimeoutError:
             raise _start_failed(child, f"was not ready after {child.program.start_timeout_s:.0f} s") from None

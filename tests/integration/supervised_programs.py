@@ -22,7 +22,7 @@ from assistant_site.supervisor import StartFailed, StopStep, Supervisor
 
 
 def probe(file: Path) -> Probe:
-    async def exists() -> bool:
+    async def exists(_pid: int) -> bool:
         return file.exists()
 
     return exists

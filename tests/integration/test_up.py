@@ -203,6 +203,15 @@ def test_programs_stop_from_the_outside_in() -> None:
     assert orders["beat"] < orders["console"] == orders["grpcserver"] < platform_programs.ENGINES < orders["valkey"]
 
 
+def test_a_port_that_somebody_else_answers_is_not_ours() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, subprocess.Popen(["sleep", "60"]) as other:
+        port = server.getsockname()[1]
+        assert platform_programs.listens(os.getpid(), port)
+        assert not platform_programs.listens(other.pid, port)
+        other.kill()
+    assert not platform_programs.listens(os.getpid(), port)
+
+
 def test_a_second_up_on_the_same_home_names_the_first(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir(mode=0o700)
     with only_one(tmp_path / "run" / "up.lock"):

@@ -53,9 +53,11 @@ def test_a_full_one_refuses_writes_instead_of_forgetting(place: Valkey, client: 
         assert client.config_get("maxmemory")["maxmemory"] == str(256 * 1024 * 1024)
         client.set("first", "kept")
         client.config_set("maxmemory", "8mb")
+        filled = client.pipeline(transaction=False)
+        for number in range(20):
+            filled.set(f"filler {number}", "x" * 1024 * 1024)
         with pytest.raises(OutOfMemoryError):
-            for number in range(20):
-                client.set(f"filler {number}", "x" * 1024 * 1024)
+            filled.execute()
         assert client.get("first") == b"kept"
 
 
