@@ -46,6 +46,7 @@ class UsageEvent(models.Model):
     gateway = models.CharField(max_length=80, blank=True)
 
     class Meta:
+        verbose_name = "request"
         ordering: ClassVar = ["-started_at", "-id"]
         indexes: ClassVar = [
             models.Index(fields=["user", "-started_at"], name="usage_by_user"),  # "my usage", a user's requests

@@ -9,6 +9,7 @@ from typing import Any
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.core.management.base import BaseCommand, CommandError
+from django.db import Error as DatabaseError
 
 from assistant_site import env
 from assistant_site.binding import AddressInUse, bind_tcp, is_loopback
@@ -40,7 +41,10 @@ class Command(BaseCommand):
             drain_s=settings.ASSISTANT_DRAIN_S,
             max_body=settings.ASSISTANT_MAX_BODY,
         )
-        code = run(Gateway.from_settings(), listener, serving)
+        try:
+            code = run(Gateway.from_settings(), listener, serving)
+        except DatabaseError as error:
+            raise CommandError(f"The database gives no first snapshot: {error}. Check DATABASE_URL, run manage.py migrate.") from error
         if code:
             raise SystemExit(code)
 
