@@ -44,7 +44,7 @@ class Command(BaseCommand):
         try:
             code = run(Gateway.from_settings(), listener, serving)
         except DatabaseError as error:
-            raise CommandError(f"The database gives no first snapshot: {error}. Check DATABASE_URL, run manage.py migrate.") from error
+            raise CommandError(f"No first snapshot: {error}. Check DATABASE_URL, run manage.py migrate.") from error
         if code:
             raise SystemExit(code)
 
