@@ -62,7 +62,7 @@ def _run_alone(output: Output) -> int:
     mark = mark_of(settings.ASSISTANT_HOME)
     ended, left = end_survivors(mark)
     if ended:
-        output.write(f"Ended {ended} processes of a previous life.\n".encode())
+        output.write(f"Ended what a previous life left behind: {ended} process{'es' if ended > 1 else ''}.\n".encode())
     if left:
         raise CannotStart(f"Processes {', '.join(map(str, left))} of a previous life cannot be ended. End them, then try again.")
     check_addresses()
