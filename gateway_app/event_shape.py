@@ -112,7 +112,7 @@ def _arguments(text: str, calls: Span) -> list[Span]:
 
 
 def learn_shape(event: bytes, payload: Payload, rename: Edit | None, keep_name: bool) -> EventShape | None:
-    """The shape of an event with brings_text() choices, its data on one line, and neither usage nor error.
+    """The shape of an event with brings_text() choices and neither usage nor error.
 
     None if it does not bring just one text. rename: the edit of its model, None to leave it. keep_name: the model is left
     because it is the right one, so it must stay so.

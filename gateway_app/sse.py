@@ -187,11 +187,10 @@ class StreamScanner:
         if self._client_model is not None and isinstance(name := top.get("model"), str) and name != self._client_model:
             edits.append(self._rename(event, payload))
         if isinstance(choices, list):
-            roles = self._add_roles(payload, top)
             self._note_choices(choices)
-            if self._lessons and not roles and not isinstance(usage, dict):
+            if self._lessons and not isinstance(usage, dict):
                 self._learn(event, payload, choices, edits)
-            edits += roles
+            edits += self._add_roles(payload, top)
         for start, end, new in sorted(edits, reverse=True):
             event = event[:start] + new + event[end:]
         return event
@@ -228,7 +227,7 @@ class StreamScanner:
 
     def _learn(self, event: bytes, payload: Payload, choices: list[Any], edits: list[Edit]) -> None:
         """Remember the shape of an event that brings nothing but text, so that the next ones need no parsing."""
-        if len(payload.offsets) != 1 or not brings_text(choices):
+        if not brings_text(choices):
             return
         shape = learn_shape(event, payload, edits[0] if edits else None, self._client_model is not None)
         if shape is not None:

@@ -37,21 +37,14 @@ class Connection(asyncio.Protocol):
 
     complete: the answer has come whole. keep_alive: and the upstream will take another request. silent: not one byte of an
     answer has come. failure: why the exchange cannot go on. closed: the connection is gone or going.
-    on_made and on_gone are called once each, when the connection stands and when it has gone.
+    on_gone is called when the connection has gone; not for one that was given up while connecting (uvloop then tells nobody).
     """
 
-    def __init__(
-        self,
-        origin: Origin,
-        loop: asyncio.AbstractEventLoop,
-        on_made: Callable[[Connection], None],
-        on_gone: Callable[[Connection], None],
-    ) -> None:
+    def __init__(self, origin: Origin, loop: asyncio.AbstractEventLoop, on_gone: Callable[[Connection], None]) -> None:
         self.origin = origin
         self.idle_since = 0.0
         self.closed = False
         self._loop = loop
-        self._on_made = on_made
         self._on_gone = on_gone
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpResponseParser(self)
@@ -121,7 +114,6 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        self._on_made(self)
         if self.closed:  # given up while connecting
             self._transport.abort()
             return
@@ -177,10 +169,11 @@ class Connection(asyncio.Protocol):
         if 100 <= status < 200:
             self.headers = []  # interim, such as 100 Continue; the answer follows
             return
-        self.status = status
-        self._head_done = True
         if sum(len(name) + len(value) for name, value in self.headers) > MAX_HEAD:
             self._break(f"the upstream sent more than {MAX_HEAD} bytes of headers")
+            return
+        self.status = status
+        self._head_done = True
         self._quiet = 0
         if self._bodiless:
             self.complete = True

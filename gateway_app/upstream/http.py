@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Final
 
 from gateway_app.upstream.connection import ConnectFailed, Connection, UpstreamBroken, UpstreamFailure
@@ -40,12 +40,20 @@ class UpstreamPool:
     """Connections to any number of origins. Belongs to the event loop it is first used on.
 
     connect_timeout_s: for address look-up, TCP and TLS together. max_idle: kept per origin; more are closed.
-    tls: how https upstreams are verified; the system's certificates by default.
+    idle_s: how long one is kept. tls: how https upstreams are verified; the system's certificates by default.
     """
 
-    def __init__(self, *, connect_timeout_s: float = 5.0, max_idle: int = 64, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        connect_timeout_s: float = 5.0,
+        max_idle: int = 64,
+        idle_s: float = IDLE_S,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self._connect_timeout_s = connect_timeout_s
         self._max_idle = max_idle
+        self._idle_s = idle_s
         self._tls = tls
         self._open: set[Connection] = set()
         self._idle: dict[Origin, list[Connection]] = {}  # the most recently used last
@@ -121,7 +129,7 @@ class UpstreamPool:
         connection.idle_since = loop.time()
         idle.append(connection)
         if self._sweeper is None:
-            self._sweeper = loop.call_later(IDLE_S, self._sweep)
+            self._sweeper = loop.call_later(self._idle_s, self._sweep)
 
     async def _exchange(
         self, connection: Connection, method: bytes, head: bytes, body: bytes, timeout_s: float | None
@@ -143,14 +151,14 @@ class UpstreamPool:
         if self._closed:
             raise ConnectFailed("the gateway is stopping")
         loop = asyncio.get_running_loop()
-        connection = Connection(origin, loop, self._open.add, self._gone)
+        connection = Connection(origin, loop, self._gone)
         context = self._context() if origin.tls else None
         name = (origin.server_hostname or origin.host) if origin.tls else None
         connected = False
         try:
             async with asyncio.timeout(self._connect_timeout_s):
                 await loop.create_connection(lambda: connection, origin.host, origin.port, ssl=context, server_hostname=name)
-            connected = not connection.closed
+            connected = not (connection.closed or self._closed)
         except TimeoutError:
             raise ConnectFailed(f"{origin.host}:{origin.port} did not accept a connection in time") from None
         except (OSError, UnicodeError) as error:
@@ -159,7 +167,8 @@ class UpstreamPool:
             if not connected:
                 connection.abort()
         if not connected:
-            raise ConnectFailed(f"{origin.host}:{origin.port} closed the connection at once")
+            raise ConnectFailed(f"the connection to {origin.host}:{origin.port} was closed at once")
+        self._open.add(connection)
         return connection
 
     def _context(self) -> ssl.SSLContext:
@@ -172,7 +181,7 @@ class UpstreamPool:
         idle = self._idle.get(origin)
         if idle is None:
             return None
-        oldest = asyncio.get_running_loop().time() - IDLE_S
+        oldest = asyncio.get_running_loop().time() - self._idle_s
         found = None
         while idle and found is None:
             connection = idle.pop()
@@ -187,7 +196,7 @@ class UpstreamPool:
     def _sweep(self) -> None:
         """Close what has been idle too long, and come again when the next will have been."""
         loop = asyncio.get_running_loop()
-        oldest = loop.time() - IDLE_S
+        oldest = loop.time() - self._idle_s
         self._sweeper = None
         for origin, idle in list(self._idle.items()):
             stale = sum(connection.idle_since <= oldest for connection in idle)
@@ -198,7 +207,7 @@ class UpstreamPool:
                 del self._idle[origin]
         if self._idle:
             first = min(idle[0].idle_since for idle in self._idle.values())
-            self._sweeper = loop.call_at(first + IDLE_S, self._sweep)
+            self._sweeper = loop.call_at(first + self._idle_s, self._sweep)
 
     def _gone(self, connection: Connection) -> None:
         self._open.discard(connection)
@@ -253,7 +262,7 @@ class UpstreamResponse:
                 raise BodyTooLarge(f"the answer is longer than {limit} bytes")
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
         """The body as it comes, all that is there at a time. Raises UpstreamBroken. Close it (aclosing) if you stop early."""
         connection = self._connection
         if connection is None:

@@ -150,6 +150,10 @@ class ScriptedUpstream:
         if self.failures and error is None:
             raise self.failures[0]
 
+    def stop_listening(self) -> None:
+        """Refuse new connections from now on; those that stand go on."""
+        self._server.close()
+
     def notify(self) -> None:
         """Something a test may wait for has changed."""
         self._changed.set()
