@@ -47,6 +47,12 @@ RECONNECT_S = 0.5
 _FAILURES = (RedisError, OSError, TimeoutError)
 
 
+def _report(task: asyncio.Task[None]) -> None:
+    """The link ends when it is cancelled and never else."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.critical("The link to Valkey has ended by a fault of its own.", exc_info=error)
+
+
 class ControlLink:
     """One gateway's link. Created and used on the event loop."""
 
@@ -70,14 +76,14 @@ class ControlLink:
     async def start(self) -> None:
         """Begin, and wait until the first try has ended one way or the other."""
         self._task = asyncio.create_task(self._run())
+        self._task.add_done_callback(_report)
         await self._tried.wait()
 
     async def stop(self) -> None:
         """Give every key back."""
         if self._task is not None:
             self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await asyncio.wait({self._task})
         with contextlib.suppress(*_FAILURES):
             if self.up:
                 await self._commands.delete(*self._held, telemetry_key(self._gateway))
@@ -95,10 +101,9 @@ class ControlLink:
                 backend.allowed = key in self._held or self.up is False
         self._wake.set()
 
-    def idle(self, backend: Backend) -> None:
-        """A backend outside the snapshot has no request left."""
-        if backend.instance is not None:
-            self._wake.set()
+    def hasten(self) -> None:
+        """There is a key to give back: do not wait for the next period."""
+        self._wake.set()
 
     async def _run(self) -> None:
         async with asyncio.TaskGroup() as group:

@@ -64,12 +64,12 @@ class Gateway:
         self.directory = Directory()
         self.draining = False
         self._spool_dir = config.spool_dir
-        self.slots = Slots()
         self.limits = Limits()
         self.feed = Feed(config.installation_secret, self._take_over)
         self.keys = Keys(self.feed.recheck)
         self.pool = UpstreamPool()
         self.meter = Meter(config.spool_dir, self.id)
+        self.slots = Slots(drained=lambda _: self.link.hasten())
         self.link = ControlLink(config.redis_url, self.id, config.node, self.slots, self.feed.hint)
         self.readers = SlowReaders(config.patience)
         self.console = console
@@ -120,8 +120,8 @@ class Gateway:
         await self.console.stop()
         await self.link.stop()
         await self.feed.stop()
-        await self.pool.close()
         self.meter.close()
+        await self.pool.close()
 
     def _take_over(self, update: Update) -> None:
         """On the event loop: one step of the snapshot."""

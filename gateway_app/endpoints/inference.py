@@ -69,7 +69,7 @@ class Inference:
         """Answer. Raises ApiError where nothing was sent yet, ClientGone, and StreamAborted where something was."""
         exchange = await self._admit(request)
         try:
-            await self._serve(exchange)
+            await self._serve_or_tell(exchange)
         except asyncio.CancelledError:
             reason = exchange.interruption.reason
             if reason is None:
@@ -81,15 +81,19 @@ class Inference:
                 raise ClientGone from None
             exchange.failed(0, "error", "slow_reader")
             raise StreamAborted("The client stopped reading.") from None
+        finally:
+            exchange.finish()
+
+    async def _serve_or_tell(self, exchange: Exchange) -> None:
+        """Where the status is out already, an error becomes an event and the stream is given up."""
+        try:
+            await self._serve(exchange)
         except errors.ApiError as error:
             exchange.failed(error.status, "error", error.code or "")
             if exchange.outlet is None or not exchange.committed:
                 raise
-            exchange.interruption.close()
             await exchange.outlet.write(error.event())
             raise StreamAborted(error.message) from None
-        finally:
-            exchange.finish()
 
     async def _admit(self, request: Request) -> Exchange:
         parts = self._parts

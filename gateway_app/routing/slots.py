@@ -54,10 +54,11 @@ class _Queue:
 
 
 class Slots:
-    """The one owner of every backend's load."""
+    """The one owner of every backend's load. drained: told of a retired backend whose last request has ended."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, drained: Callable[[Backend], None] = lambda _: None) -> None:
         self._clock = clock
+        self._drained = drained
         self._models: Mapping[str, Model] = {}
         self._queues: dict[str, _Queue] = {}
         self._picks = 0
@@ -74,6 +75,8 @@ class Slots:
         """Give a slot back; the oldest waiter who can use it gets it within this call."""
         backend.in_flight -= 1
         backend.last_end = self._clock()
+        if backend.retired and not backend.in_flight:
+            self._drained(backend)
         if self.waiting:
             self._hand_out(backend)
 

@@ -68,7 +68,7 @@ async def test_a_ready_instance_is_held_before_it_is_used_and_given_back_when_id
     await upstream.until(lambda: len(upstream.requests) == 1)
     await in_database(lambda: Instance.objects.update(state=State.DRAINING))
     await until(lambda: not gateway.gateway.directory.backends)
-    gateway.gateway.link._wake.set()
+    gateway.gateway.link.hasten()
     await asyncio.sleep(0.1)
     assert await live.exists(key)  # a request of ours still runs there
     proceed.set()
