@@ -27,6 +27,7 @@ BACKOFF_FIRST_S = 0.5
 BACKOFF_MOST_S = 30.0
 BACKOFF_SPREAD = 0.1
 STEADY_S = 30.0  # a process that lived this long starts the back-off anew
+HURRY_S = 0.5  # between TERM and KILL where the user is in a hurry
 CHUNK = 64 * 1024  # bytes per read
 LAST_READ = 16  # chunks read of a process that has ended; a grandchild could write for ever
 
@@ -126,7 +127,7 @@ class Child:
         self._loop.add_reader(self._pipe, self._readable)
 
     async def stop(self, hurry: asyncio.Event) -> None:
-        """TERM, and KILL of the whole group when the time is up or `hurry` is set; returns when the process has ended."""
+        """TERM, and KILL of the whole group when the time is up or soon after `hurry` is set; returns when the process has ended."""
         self._stopping = True
         if self._restart:
             self._restart.cancel()
@@ -138,6 +139,8 @@ class Child:
         hurried = asyncio.ensure_future(hurry.wait())
         try:
             await asyncio.wait({over, hurried}, timeout=self.program.stop_timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if hurry.is_set():
+                await asyncio.wait({over}, timeout=HURRY_S)
             if self._process is not None:
                 self.log.say("did not stop in time and is killed" if not hurry.is_set() else "is killed")
                 self._kill_group()
