@@ -127,7 +127,7 @@ class Child:
         self._loop.add_reader(self._pipe, self._readable)
 
     async def stop(self, hurry: asyncio.Event) -> None:
-        """TERM, and KILL of the whole group when the time is up or soon after `hurry` is set; returns when the process has ended."""
+        """TERM, and KILL of the whole group when the time is up or soon after `hurry` is set; returns when it has ended."""
         self._stopping = True
         if self._restart:
             self._restart.cancel()
