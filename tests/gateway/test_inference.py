@@ -414,7 +414,7 @@ async def test_no_counter_leaks_over_many_outcomes(cast: Cast, serve: Serve, eng
 
     for batch in range(10):
         await asyncio.gather(*(one(batch * 20 + number) for number in range(20)))
-    await until(lambda: len(gateway.ends()) == 200)
+    await until(lambda: gateway.count_ends() == 200)
     assert gateway.idle()
     assert_nothing_is_held(gateway)
 
