@@ -177,7 +177,7 @@ REST_FRAMEWORK = {
     ],
     "DEFAULT_PERMISSION_CLASSES": ["models_app.api.permissions.MayAdminister"],
     "DEFAULT_RENDERER_CLASSES": ["rest_framework.renderers.JSONRenderer"],
-    "DEFAULT_PARSER_CLASSES": ["rest_framework.parsers.JSONParser"],
+    "DEFAULT_PARSER_CLASSES": ["models_app.api.parsing.StrictJSONParser"],
     "DEFAULT_PAGINATION_CLASS": "models_app.api.listing.Pages",
     "DEFAULT_FILTER_BACKENDS": ["models_app.api.listing.QueryFilter", "rest_framework.filters.OrderingFilter"],
     "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",

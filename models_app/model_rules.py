@@ -6,7 +6,7 @@ Every check raises ValidationError with a dict by field name.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -77,7 +77,7 @@ def resolve_model_path(raw: str) -> Path:
     inside = [real for real in map(_real, candidates) if any(real.is_relative_to(folder.resolve()) for folder in folders)]
     if not inside:
         raise PathNotAllowed(f"{raw} is outside the folders for model files, which are: {allowed} (ASSISTANT_MODEL_DIRS).")
-    found = next((real for real in inside if real.is_file()), None)
+    found = next((real for real in inside if _holds(real.is_file)), None)
     if found is None:
         raise PathNotAllowed(f"There is no file {raw} on this node. Model files may be in: {allowed}.")
     return found
@@ -114,15 +114,23 @@ def _real(path: Path) -> Path:
         raise PathNotAllowed(f"{path} cannot be followed to a file.") from None
 
 
+def _holds(test: Callable[[], bool]) -> bool:
+    """What Path.is_file or is_dir says; no where the system refuses to look (a name too long, a folder closed to us)."""
+    try:
+        return test()
+    except OSError:
+        return False
+
+
 def _ggufs(folder: Path, depth: int = 3) -> Iterator[Path]:
     try:
         entries = sorted(folder.iterdir())
     except OSError:
         return
     for entry in entries:
-        if entry.suffix.lower() == ".gguf" and entry.is_file():
+        if entry.suffix.lower() == ".gguf" and _holds(entry.is_file):
             yield entry
-        elif depth and entry.is_dir() and not entry.is_symlink():
+        elif depth and _holds(entry.is_dir) and not entry.is_symlink():
             yield from _ggufs(entry, depth - 1)
 
 

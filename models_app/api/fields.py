@@ -24,7 +24,8 @@ class IdOrName(serializers.PrimaryKeyRelatedField[Any]):
             return super().to_internal_value(data)
         rows = self.get_queryset()
         assert rows is not None, "an IdOrName that is written needs a queryset"
-        found = rows.filter(**{self.name_field: data}).first()
+        # PostgreSQL cannot even be asked for a text with a zero byte.
+        found = None if "\0" in data else rows.filter(**{self.name_field: data}).first()
         if found is None:
             self.fail("unknown", name=data)
         return found

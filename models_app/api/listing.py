@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from django.core.exceptions import ValidationError
-from django.db.models import Field, Model, QuerySet
+from django.db.models import Field, IntegerField, Model, QuerySet
 from django.db.models.fields import BooleanField
 from rest_framework import exceptions
 from rest_framework.filters import BaseFilterBackend
@@ -75,6 +75,8 @@ def _value(model: type[Model], parameter: str, lookup: str, raw: str) -> Any:
         return BOOLEANS[raw.lower()]
     try:
         value = field.to_python(raw)
+        if isinstance(field, IntegerField):
+            field.run_validators(value)  # one that is too large for the database would fail there
     except ValidationError as error:
         raise exceptions.ValidationError({parameter: error.messages}) from None
     if value is None or "\0" in raw:

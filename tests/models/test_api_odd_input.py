@@ -1,0 +1,76 @@
+"""What the REST admin API says to input that nobody sends on purpose: an error as JSON, never a failure of ours."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.contrib.auth.models import User
+from django.db import OperationalError
+from django.test import Client
+
+from models_app import keys
+from models_app.api import errors
+from models_app.models import ModelConfig
+
+pytestmark = pytest.mark.django_db
+
+
+@pytest.fixture
+def client() -> Client:
+    """A program of a superuser's."""
+    boss = User.objects.create_superuser("boss", password="battery staple")
+    return Client(headers={"Authorization": f"Bearer {keys.create_key(boss, 'ops', scopes=['admin'])[1]}"})
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        r'{"name": "small", "engine": "\ud800"}',
+        r'{"name": "small", "extra_args": {"\ud800": 1}}',
+        '{"name": "small", "extra_args": {"rope_freq_base": 1e400}}',
+        '{"name": "small", "slots": NaN}',
+        "[" * 20_000,
+        '{"a":' * 20_000,
+        "\xff",
+    ],
+)
+def test_json_that_cannot_be_answered_or_stored_is_refused_as_such(client: Client, body: str) -> None:
+    answer = client.post("/api/v1/models/", body.encode("latin-1"), content_type="application/json")
+    assert answer.status_code == 400, answer.content[:300]
+    assert "JSON" in answer.json()["detail"]
+    assert not ModelConfig.objects.exists()
+
+
+@pytest.mark.parametrize("user", [r'"\ud800"', "1e400", '"a\\u0000b"', "9" * 30, '"²"', "true", "[]"])
+def test_a_user_that_cannot_exist_is_an_error_of_the_caller(client: Client, user: str) -> None:
+    answer = client.post("/api/v1/keys/", f'{{"name": "k", "user": {user}}}', content_type="application/json")
+    assert answer.status_code == 400, answer.content[:300]
+
+
+@pytest.mark.parametrize("query", ["keys/?user=999999999999999999999999", "requests/?status=999999999999999999999999"])
+def test_a_filter_beyond_what_the_database_counts_is_named(client: Client, query: str) -> None:
+    answer = client.get(f"/api/v1/{query}")
+    assert answer.status_code == 400
+    assert list(answer.json()) == [query.partition("?")[2].partition("=")[0]]
+
+
+@pytest.mark.parametrize("path", ["m" * 300, "m" * 300 + "/x.gguf", "/" + "m/" * 500])
+def test_a_path_too_long_for_the_system_is_an_error_at_its_field(
+    client: Client, path: str, tmp_path: Path, settings: Any
+) -> None:
+    settings.ASSISTANT_MODEL_DIRS = [tmp_path]
+    body = json.dumps({"name": "small", "chat_model_path": path})
+    answer = client.post("/api/v1/models/", body, content_type="application/json")
+    assert answer.status_code == 400
+    assert list(answer.json()) == ["chat_model_path"]
+
+
+def test_a_database_that_is_locked_is_said_to_be_busy() -> None:
+    error = OperationalError(sqlite3.OperationalError("database is locked"))
+    answer = errors.handle(error, {})
+    assert answer is not None
+    assert (answer.status_code, answer.data["detail"].code) == (503, "unavailable")
