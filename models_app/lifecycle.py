@@ -163,14 +163,15 @@ def failed(instance: Instance, end: Exit) -> None:
 
 
 def refused(instance: Instance, reason: str, digest: str) -> None:
-    """PENDING or FAILED → FAILED without a process. Checks cost little, so they are repeated for ever: a file may still come."""
-    failures = instance.failures + 1
-    next_attempt = timezone.now() + timedelta(seconds=max(FIRST_DELAY_S, delay_s(failures)))
+    """PENDING or FAILED → FAILED without a process. Checks cost little, so they are repeated for ever: a file may still come.
+
+    It is no failure of an engine: once it can be started, it has all its tries.
+    """
+    next_attempt = timezone.now() + timedelta(seconds=max(FIRST_DELAY_S, delay_s(instance.failures)))
     _move(
         instance,
         (State.PENDING, State.FAILED),
         State.FAILED,
-        failures=failures,
         next_attempt_at=next_attempt,
         launch_digest=digest,
         exit_reason=reason,

@@ -138,6 +138,16 @@ def test_a_refused_start_is_tried_for_ever_but_never_in_a_hurry() -> None:
     assert instance.generation == 0
 
 
+def test_refused_starts_use_up_none_of_the_engine_s_tries(settings: Settings) -> None:
+    settings.ASSISTANT_ENGINE_TRIES = 3
+    instance = make_instance()
+    for _ in range(5):
+        lifecycle.refused(instance, "Port 20001 is in use by another program.", "d")
+    lifecycle.starting(instance, make_claim())
+    lifecycle.failed(instance, Exit("It died."))
+    assert (instance.state, instance.failures) == (S.FAILED, 1)
+
+
 def test_a_reset_forgets_the_failures() -> None:
     instance = make_instance(S.CRASH_LOOP, failures=5, launch_digest="old")
     lifecycle.reset(instance)
