@@ -19,4 +19,4 @@ PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]  # fast; te
 
 if DATABASES["default"]["ENGINE"] == "django.db.backends.sqlite3":  # noqa: F405
     # A file, as in production: threads with connections of their own lock each other out of a shared in-memory database.
-    DATABASES["default"]["TEST"] = {"NAME": f"{_HOME}/test.sqlite3"}  # type: ignore[dict-item]  # noqa: F405
+    DATABASES["default"]["TEST"] = {"NAME": f"{_HOME}/test.sqlite3"}  # noqa: F405
