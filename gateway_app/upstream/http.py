@@ -120,7 +120,7 @@ class UpstreamPool:
     def take_back(self, connection: Connection) -> None:
         """For UpstreamResponse: an exchange is over; keep the connection for the next one if it is fit for it."""
         idle = self._idle.setdefault(connection.origin, [])
-        if self._closed or len(idle) >= self._max_idle or not connection.reusable():
+        if len(idle) >= self._max_idle or not connection.reusable():
             connection.abort()
             if not idle:
                 del self._idle[connection.origin]

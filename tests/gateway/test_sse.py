@@ -429,6 +429,7 @@ def test_an_unfinished_last_event_is_still_spliced_dropped_or_passed() -> None:
         (b'data: {"error":"it broke"}\r\n\r\n', {"message": "it broke"}),
         (b'error: {"code":500,"message":"old"}\n\n', {"code": 500, "message": "old"}),
         (b"error: plain\n\n", {"message": "plain"}),
+        (b"error:plain\r\n\r\n", {"message": "plain"}),
         (b'data: {"object":"error","message":"m","code":404}\n\n', {"object": "error", "message": "m", "code": 404}),
         (b'data: {"choices":[],"error":{"message":"late"}}\n\n', {"message": "late"}),
     ],

@@ -105,6 +105,12 @@ def test_any_body_in_any_chunks_and_pieces_comes_out_whole(parts: list[bytes], c
     asyncio.run(scenario())
 
 
+async def test_interim_answers_leave_nothing_behind() -> None:
+    connection, _ = connected()
+    connection.data_received(INTERIM + b"HTTP/1.1 201 Created\r\nContent-Length: 0\r\n\r\n")
+    assert (connection.status, connection.headers) == (201, [(b"content-length", b"0")])
+
+
 async def test_header_names_are_lower_case_and_repeated_ones_keep_their_order() -> None:
     connection, _ = connected()
     connection.data_received(PLAIN)

@@ -393,6 +393,14 @@ async def test_a_reader_that_stops_early_closes_the_connection(pool: UpstreamPoo
         await upstream.until(lambda: upstream.open_connections == 0)
 
 
+async def test_a_reader_that_stops_early_closes_the_connection_even_if_all_has_come(pool: UpstreamPool) -> None:
+    async with ScriptedUpstream(ok) as upstream:
+        reply = await post(pool, upstream)
+        async with aclosing(reply.chunks()) as chunks:
+            assert await anext(chunks) == b'{"ok": true}'
+        assert pool.idle_connections == 0
+
+
 async def test_closing_the_pool_ends_every_connection_and_tells_who_waits(pool: UpstreamPool) -> None:
     async with ScriptedUpstream(first_then(ok, silent)) as upstream:
         await answered(pool, upstream)
@@ -406,6 +414,17 @@ async def test_closing_the_pool_ends_every_connection_and_tells_who_waits(pool: 
         with pytest.raises(ConnectFailed, match="stopping"):
             await post(pool, upstream)
         await pool.close()
+
+
+async def test_a_connection_that_comes_about_after_the_pool_was_closed_is_closed(pool: UpstreamPool) -> None:
+    async with ScriptedUpstream(silent) as upstream:
+        sending = asyncio.ensure_future(post(pool, upstream))
+        await asyncio.sleep(0)
+        await pool.close()
+        with pytest.raises(ConnectFailed):
+            await sending
+        await upstream.until(lambda: upstream.open_connections == 0)
+        assert (pool.open_connections, upstream.requests) == (0, [])
 
 
 async def test_hundreds_of_requests_at_once_some_cancelled_leave_nothing_behind(pool: UpstreamPool) -> None:
