@@ -100,7 +100,7 @@ def measure(on: Scene) -> Results:
     if NGINX:
         target = Target(on.options.port_of(1))
         with on.stage.nginx(target, on.upstream.port) as peer:
-            nginx = measuring.basics("nginx", target, peer)
+            nginx = measuring.peer("nginx", target, peer)
     gateways: list[Gateway] = []
     for server in on.options.servers:
         with on.gateway(server) as (target, running):

@@ -91,22 +91,30 @@ class Gateway:
 
 
 @dataclass(frozen=True)
+class Peer:
+    """A plain proxy before the same stand-in."""
+
+    basics: Basics
+    relayed: tuple[Relayed, ...]
+
+
+@dataclass(frozen=True)
 class Results:
     """One run. nginx: None where it is not installed."""
 
     direct: Basics
     direct_paced: tuple[Paced, ...]
-    nginx: Basics | None
+    nginx: Peer | None
     gateways: tuple[Gateway, ...]
 
     def bad(self) -> int:
         """Answers and streams that went wrong; of a machine at rest, none."""
-        everything = [self.direct, *(gateway.basics for gateway in self.gateways), *([self.nginx] if self.nginx else [])]
-        rates = [rate for basics in everything for rate in basics.rates()]
+        proxies: list[Gateway | Peer] = [*self.gateways, *([self.nginx] if self.nginx else [])]
+        rates = [rate for basics in (self.direct, *(proxy.basics for proxy in proxies)) for rate in basics.rates()]
         for gateway in self.gateways:
             beside = gateway.beside
             rates += [beside.models, beside.models_beside, beside.chat_beside, beside.direct_beside]
-        streams = [*self.direct_paced, *(relayed.paced for gateway in self.gateways for relayed in gateway.relayed)]
+        streams = [*self.direct_paced, *(relayed.paced for proxy in proxies for relayed in proxy.relayed)]
         return sum(rate.bad for rate in rates) + sum(stream.broken for stream in streams)
 
 
@@ -129,21 +137,30 @@ class Measuring:
 
     def direct_paced(self, upstream: Target) -> tuple[Paced, ...]:
         """What the stand-in and the readers themselves take."""
-        return tuple(self._paced("direct", replace(upstream, path=PACED + upstream.path), streams) for streams in STREAMS)
+        target = replace(upstream, path=PACED + upstream.path)
+        return tuple(self._paced("direct", target, streams) for streams in STREAMS)
+
+    def peer(self, name: str, target: Target, server: Running) -> Peer:
+        """A plain proxy, which knows no models: the path says which streams are paced."""
+        relayed = self._relayed(name, replace(target, path=PACED + target.path), server)
+        return Peer(self.basics(name, target, server), relayed)
 
     def gateway(self, server: str, target: Target, upstream: Target, cookie: str, us: Running, console: Running) -> Gateway:
         """Everything about one gateway that has just started."""
         idle, console_idle = us.rss_mb(), console.rss_mb()
         basics = self.basics(server, target, us)
-        relayed = tuple(self._relayed(server, target, us, streams) for streams in STREAMS)
+        relayed = self._relayed(server, replace(target, model=PACED_MODEL), us)
         beside = self._beside(server, target, upstream, cookie)
         memory = Memory(idle, us.rss_mb(), console_idle, console.rss_mb(), _requests(basics, beside))
         return Gateway(server, basics, relayed, beside, memory)
 
-    def _relayed(self, server: str, target: Target, us: Running, streams: int) -> Relayed:
-        before = us.cpu_s()
-        seen = self._paced(server, replace(target, model=PACED_MODEL), streams)
-        return Relayed(seen, (us.cpu_s() - before) / max(1, seen.events) * 1e6)
+    def _relayed(self, name: str, target: Target, server: Running) -> tuple[Relayed, ...]:
+        relayed = []
+        for streams in STREAMS:
+            before = server.cpu_s()
+            seen = self._paced(name, target, streams)
+            relayed.append(Relayed(seen, (server.cpu_s() - before) / max(1, seen.events) * 1e6))
+        return tuple(relayed)
 
     def _paced(self, name: str, target: Target, streams: int) -> Paced:
         self._say(f"{name}: {streams} paced streams")

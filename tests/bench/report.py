@@ -71,18 +71,19 @@ def _rates(gateway: Gateway, results: Results) -> Iterator[Line]:
     if wanted.plain_p99_ms is not None:
         yield _at_most("plain, 32 connections, p99", wanted.plain_p99_ms, plain.rate.p99_ms, "ms")
     if wanted.plain_of_nginx is not None:
-        found = plain.rate.per_s / nginx.plain.rate.per_s if nginx else None
+        found = plain.rate.per_s / nginx.basics.plain.rate.per_s if nginx else None
         yield _at_least("plain, of nginx", wanted.plain_of_nginx, found, "×")
     note = f" ({streamed.cpu_us:.0f} µs CPU each, core {streamed.busy:.0%} busy)"
-    found = streamed.rate.per_s / nginx.streamed.rate.per_s if nginx else None
+    found = streamed.rate.per_s / nginx.basics.streamed.rate.per_s if nginx else None
     yield _at_least("streamed, 100 events at once, of nginx", wanted.streamed_of_nginx, found, "×", note)
 
 
 def _streams(gateway: Gateway, results: Results) -> Iterator[Line]:
     wanted = TARGETS[gateway.server]
-    for relayed, direct in zip(gateway.relayed, results.direct_paced, strict=True):
+    for place, (relayed, direct) in enumerate(zip(gateway.relayed, results.direct_paced, strict=True)):
         seen, what = relayed.paced, f"{relayed.paced.streams} paced streams"
-        yield _at_most(f"{what}: CPU per event", wanted.cpu_us_per_event, relayed.cpu_us_per_event, "µs")
+        note = f" (nginx {results.nginx.relayed[place].cpu_us_per_event:.1f})" if results.nginx else ""
+        yield _at_most(f"{what}: CPU per event", wanted.cpu_us_per_event, relayed.cpu_us_per_event, "µs", note)
         note = f" (p99 {seen.late_p99_ms:.2f}; direct {direct.late_p50_ms:.2f} and {direct.late_p99_ms:.2f})"
         yield _at_most(f"{what}: lateness, median", LATE_P50_MS, seen.late_p50_ms, "ms", note)
         added = seen.first_p99_ms - direct.first_p99_ms
@@ -128,7 +129,7 @@ def text(results: Results) -> str:
     out = [_row("", "plain/s", *rate, "streams/s", *rate, "1: p50 ms", "p99 ms")]
     out.append(_basics("direct", results.direct))
     if results.nginx is not None:
-        out.append(_basics("nginx", results.nginx))
+        out.append(_basics("nginx", results.nginx.basics))
     out += [_basics(gateway.server, gateway.basics) for gateway in results.gateways]
     for gateway in results.gateways:
         rows = list(lines(gateway, results))

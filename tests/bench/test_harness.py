@@ -16,7 +16,7 @@ import uvloop
 from tests.bench import load, paced, report
 from tests.bench.__main__ import parse
 from tests.bench.load import CHAT, HOST, LoadFailed, Rate, Target
-from tests.bench.measuring import Basics, Beside, Gateway, Loaded, Memory, Relayed, Results
+from tests.bench.measuring import Basics, Beside, Gateway, Loaded, Memory, Peer, Relayed, Results
 from tests.bench.paced import Paced
 from tests.bench.stage import Stage
 from tests.bench.upstream import EVENTS, PACED
@@ -117,7 +117,7 @@ BASICS = Basics(Loaded(RATE, 100), Loaded(RATE, 200), RATE)
 STREAMS = (Paced(64, 20, 25, 0.5, 3, 6400, 0), Paced(512, 20, 25, 0.5, 3, 51200, 0))
 MEMORY = Memory(gateway_idle=90, gateway_after=95, console_idle=120, console_after=150, requests=9000)
 GATEWAY = Gateway("daphne", BASICS, tuple(Relayed(seen, 30) for seen in STREAMS), Beside(RATE, RATE, RATE, RATE, 20), MEMORY)
-RESULTS = Results(BASICS, STREAMS, BASICS, (GATEWAY,))
+RESULTS = Results(BASICS, STREAMS, Peer(BASICS, GATEWAY.relayed), (GATEWAY,))
 
 
 def test_figures_that_reach_their_targets_pass() -> None:
