@@ -70,6 +70,10 @@ class Reader:
             yield from self._read_newer(self._value)
         self._epoch, self._value, self._read_at = epoch, value, now
 
+    def forget(self) -> None:
+        """Read everything again next time."""
+        self._epoch = None
+
     def _read_all(self) -> Iterator[Update]:
         rows = Rows()
         row_reading.load_all(rows, self._secret)
@@ -158,11 +162,15 @@ class Feed:
             while not self._stopping:
                 self._wake.clear()
                 ticket = self._begun = self._begun + 1
-                error: DatabaseError | None = None
+                error: Exception | None = None
                 try:
                     for update in self._reader.read():
                         self._loop.call_soon_threadsafe(self._take_over, update)
                 except DatabaseError as failure:
+                    error = failure
+                except Exception as failure:  # the thread's boundary: without it nothing would ever be revoked again
+                    logger.error("A snapshot could not be made; all of it is read again.", exc_info=failure)
+                    self._reader.forget()
                     error = failure
                 self._loop.call_soon_threadsafe(self._checked, ticket, error)
                 if not self._stopping:
@@ -171,7 +179,7 @@ class Feed:
         finally:
             connections.close_all()
 
-    def _checked(self, ticket: int, error: DatabaseError | None) -> None:
+    def _checked(self, ticket: int, error: Exception | None) -> None:
         if error is None:
             self._read_at = time.monotonic()
         if self._failed != (error is not None):

@@ -28,7 +28,7 @@ from gateway_app.metering import Meter
 from gateway_app.routing.backends import Backend, Model
 from gateway_app.routing.slots import Slots
 from gateway_app.sse import StreamScanner, read_usage, splice_model
-from gateway_app.upstream.http import ConnectFailed, UpstreamBroken, UpstreamFailure, UpstreamPool, UpstreamResponse
+from gateway_app.upstream.http import BodyTooLarge, ConnectFailed, UpstreamBroken, UpstreamFailure, UpstreamPool, UpstreamResponse
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +181,11 @@ class Inference:
 
     async def _plain(self, exchange: Exchange) -> None:
         response = await self._send(exchange)
-        body = await response.read(MAX_ANSWER)
+        try:
+            body = await response.read(MAX_ANSWER)
+        except BodyTooLarge:
+            exchange.begun = True  # no other backend would say less
+            raise errors.upstream_error() from None
         now = time.monotonic()
         exchange.saw_bytes(now)
         if b'"choices"' not in body:
@@ -228,7 +232,7 @@ class Inference:
                 if not scanner.done:
                     if scanner.finish_reason is None and not scanner.overflowed:
                         raise UpstreamBroken("the stream ended without a finish")
-                    out += _DONE  # it ended properly and only forgot to say so
+                    out = _ended(out) + _DONE  # it ended properly and only forgot to say so
                 break
             out = scanner.feed(data)
         exchange.interruption.close()
@@ -259,6 +263,11 @@ def _named(body: bytes, name: str) -> bytes:
     if body.count(b'"model"') == 1 and (b'"model":' + quoted in body or b'"model": ' + quoted in body):
         return body
     return splice_model(body, name)
+
+
+def _ended(events: bytes) -> bytes:
+    """The events with a blank line after the last, which the end of a stream may lack."""
+    return events if not events or events.endswith((b"\n\n", b"\r\n\r\n")) else events.rstrip(b"\r\n") + b"\n\n"
 
 
 def _error_member(body: bytes) -> object:

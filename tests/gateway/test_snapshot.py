@@ -291,3 +291,20 @@ async def test_a_gateway_without_a_first_snapshot_does_not_start(serve: Serve) -
     await in_database(lambda: Revision.objects.all().delete())
     with pytest.raises(DatabaseError):
         await serve()
+
+
+@pytest.mark.skipif(connection.vendor != "sqlite", reason="only SQLite stores a date that is none")
+async def test_a_row_that_cannot_be_read_stops_nothing_for_good(cast: Cast, serve: Serve) -> None:
+    gateway = await serve()
+    _, broken = await in_database(lambda: cast.key("broken"))
+    await in_database(lambda: _write_date(broken.pk, "junk"))
+    assert await refused(gateway, key_material.generate().text) == (503, "auth_backend_unavailable")
+    assert (await gateway.get("/v1/models")).status_code == 200
+    await in_database(lambda: _write_date(broken.pk, None))
+    text, _ = await in_database(lambda: cast.key("later"))
+    assert (await gateway.get("/v1/models", headers=gateway.headers(text))).status_code == 200
+
+
+def _write_date(key: int, value: str | None) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute("UPDATE models_app_apikey SET expires_at = %s WHERE id = %s", [value, key])

@@ -141,14 +141,21 @@ async def test_a_cut_in_the_middle_is_told_and_the_connection_ends_abnormally(ca
     assert gateway.idle()
 
 
-async def test_a_stream_that_only_forgot_done_is_completed(cast: Cast, serve: Serve, engine: Engine) -> None:
+@pytest.mark.parametrize("ending", [b"\n\n", b"\r\n\r\n", b"\n", b""], ids=["LF", "CRLF", "no blank line", "no line end"])
+@pytest.mark.parametrize("last", [-1, -2], ids=["after usage", "after the finish"])
+async def test_a_stream_that_only_forgot_done_is_completed(
+    cast: Cast, serve: Serve, engine: Engine, last: int, ending: bytes
+) -> None:
     async def forgetful(peer: Peer) -> None:
         await peer.read_request()
-        peer.write(stream_head() + b"".join(chunk(data) for data in EVENTS[:-1]) + chunk(b""))
+        sent = b"".join(EVENTS[:last]).rstrip() + ending
+        peer.write(stream_head() + chunk(sent) + chunk(b""))
 
     await tiny(cast, await engine(forgetful))
     gateway = await serve()
-    assert payloads((await gateway.chat(stream=True)).text)[-1] == "[DONE]"
+    events = payloads((await gateway.chat(stream=True)).text.replace("\r\n", "\n"))
+    assert events[-1] == "[DONE]"
+    assert text_of(events) == "Hello ✓"
 
 
 async def test_a_stream_that_ends_properly_but_unfinished_is_no_answer(cast: Cast, serve: Serve, engine: Engine) -> None:

@@ -141,7 +141,8 @@ class TestOneInstance:
         first = Instance.objects.get()
         assert "There is no file missing.gguf" in first.exit_reason
         tasks.provision(instance.pk, 0)
-        assert Instance.objects.get().failures == first.failures == 1
+        assert first.state == State.FAILED
+        assert Instance.objects.get().state_changed_at == first.state_changed_at
 
 
 @pytest.mark.django_db
