@@ -297,7 +297,7 @@ async def test_a_gateway_without_a_first_snapshot_does_not_start(serve: Serve) -
 async def test_a_row_that_cannot_be_read_stops_nothing_for_good(cast: Cast, serve: Serve) -> None:
     gateway = await serve()
     _, broken = await in_database(lambda: cast.key("broken"))
-    await in_database(lambda: _write_date(broken.pk, "junk"))
+    await in_database(lambda: _write_date(broken.pk, "2026-99-99 00:00:00"))
     assert await refused(gateway, key_material.generate().text) == (503, "auth_backend_unavailable")
     assert (await gateway.get("/v1/models")).status_code == 200
     await in_database(lambda: _write_date(broken.pk, None))
