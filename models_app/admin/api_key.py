@@ -135,6 +135,10 @@ class APIKeyAdmin(Admin[APIKey]):
         plain = {"show_save_and_add_another": False, "show_save_and_continue": False}  # both would lead past the key
         return super().add_view(request, form_url, {**(extra_context or {}), **plain})
 
+    def get_changeform_initial_data(self, request: HttpRequest) -> dict[str, Any]:
+        """A key for oneself needs no more than a name."""
+        return {"user": request.user.pk, **super().get_changeform_initial_data(request)}
+
     def get_form(
         self, request: HttpRequest, obj: APIKey | None = None, change: bool = False, **kwargs: Any
     ) -> type[ModelForm[APIKey]]:

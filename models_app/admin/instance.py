@@ -22,6 +22,7 @@ from models_app import operations, run_log, tasks
 from models_app.admin.base import NOTHING, Admin, age, column, confirmed, done, size
 from models_app.exceptions import AssistantError
 from models_app.models import Instance, State
+from models_app.models.instance import WITH_PROCESS
 
 LABELS = {
     State.PENDING: "info",
@@ -73,6 +74,38 @@ class ExitCard:
     failing: bool
 
 
+@dataclass(frozen=True, slots=True)
+class LogView:
+    """The last lines of one run. elsewhere: another node has them; running: more will come."""
+
+    instance: Instance
+    run: int
+    lines: int
+    tail: run_log.LogTail
+    elsewhere: bool
+    running: bool
+
+    @classmethod
+    def of(cls, instance: Instance, run: int, lines: int) -> LogView:
+        return cls(
+            instance,
+            run,
+            lines,
+            run_log.tail(instance.pk, run, lines),
+            elsewhere=instance.node.name != settings.ASSISTANT_NODE,
+            running=run == instance.generation and instance.pid is not None and instance.state in WITH_PROCESS,
+        )
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.tail.lines)
+
+    @property
+    def url(self) -> str:
+        """Where the same lines can be asked for again."""
+        return f"{reverse('admin:models_app_instance_log', args=[self.instance.pk])}?run={self.run}&lines={self.lines}"
+
+
 def exit_card(instance: Instance) -> ExitCard | None:
     """The card of the last exit, None where this instance never failed and never ended."""
     state = State(instance.state)
@@ -105,7 +138,7 @@ def exit_in_words(instance: Instance) -> str:
 
 @admin.register(Instance)
 class InstanceAdmin(Admin[Instance]):
-    list_display = ("title", "condition", "since", "pid", "port", "node", "generation", "last_exit", "failures")
+    list_display = ("title", "condition", "since", "running_pid", "running_port", "node", "failures", "last_exit")
     list_filter = (ShownFilter, ("state", ChoicesDropdownFilter), ("node", RelatedDropdownFilter))
     list_filter_submit = True
     list_select_related = ("node",)
@@ -115,8 +148,11 @@ class InstanceAdmin(Admin[Instance]):
     actions_detail = ("restart", "stop")
     change_form_outer_before_template = "models_app/instance_card.html"
     fieldsets = (
-        ("Process", {"fields": (("model", "node"), ("state_now", "since"), ("pid", "port"), ("generation", "failures"))}),
-        ("Size", {"fields": (("engine", "slots", "ctx_size"), "peak_memory")}),
+        (
+            "Process",
+            {"fields": (("model", "node"), ("state_now", "since"), ("running_pid", "running_port"), ("generation", "failures"))},
+        ),
+        ("Size", {"fields": (("engine", "slots"), ("context", "peak_memory"))}),
         ("Times", {"fields": (("created", "started"), ("ready", "gives_up"))}),
         ("Shim", {"fields": (("shim_pid", "launch_digest"),), "classes": ("collapse",)}),
     )
@@ -145,7 +181,7 @@ class InstanceAdmin(Admin[Instance]):
 
     @column("instance", ordering="model_name", header=True)
     def title(self, instance: Instance) -> Sequence[str]:
-        return (str(instance), "" if instance.model_id else "its model was deleted")
+        return (str(instance), f"generation {instance.generation}" if instance.model_id else "its model was deleted")
 
     @column("state", label=LABELS, ordering="state")
     def condition(self, instance: Instance) -> tuple[State, str]:
@@ -159,6 +195,19 @@ class InstanceAdmin(Admin[Instance]):
     @column("since", ordering="state_changed_at")
     def since(self, instance: Instance) -> SafeString | str:
         return age(instance.state_changed_at)
+
+    @column("PID", ordering="pid")
+    def running_pid(self, instance: Instance) -> str:
+        """The row keeps those of its last process; nothing has them any more."""
+        return str(instance.pid) if instance.pid is not None and instance.state in WITH_PROCESS else NOTHING
+
+    @column("port", ordering="port")
+    def running_port(self, instance: Instance) -> str:
+        return str(instance.port) if instance.port is not None and instance.state in WITH_PROCESS else NOTHING
+
+    @column("context size")
+    def context(self, instance: Instance) -> str:
+        return f"{instance.ctx_size:,} tokens"
 
     @column("last exit")
     def last_exit(self, instance: Instance) -> SafeString | str:
@@ -191,8 +240,11 @@ class InstanceAdmin(Admin[Instance]):
         self, request: HttpRequest, object_id: str | None = None, form_url: str = "", extra_context: dict[str, Any] | None = None
     ) -> HttpResponse:
         instance = self.get_object(request, object_id) if object_id else None
-        card = exit_card(instance) if instance else None
-        context = {**(extra_context or {}), "exit_card": card, "log_runs": run_log.runs(instance.pk) if instance else []}
+        context = {**(extra_context or {})}
+        if instance is not None:
+            context["exit_card"] = exit_card(instance)
+            context["log_runs"] = run_log.runs(instance.pk)
+            context["log"] = LogView.of(instance, instance.generation, CARD_LINES)
         return super().changeform_view(request, object_id, form_url, context)
 
     def get_urls(self) -> list[URLPattern]:
@@ -205,7 +257,6 @@ class InstanceAdmin(Admin[Instance]):
         runs = run_log.runs(instance.pk)
         run = _number(request.GET.get("run"), runs[0] if runs else instance.generation)
         lines = _number(request.GET.get("lines"), LINE_CHOICES[0])
-        log = run_log.tail(instance.pk, run, lines)
         context = {
             **self.admin_site.each_context(request),
             "title": f"Log of {instance}",
@@ -214,10 +265,7 @@ class InstanceAdmin(Admin[Instance]):
             "run": run,
             "line_choices": LINE_CHOICES,
             "lines": lines,
-            "log": log,
-            "text": "\n".join(log.lines),
-            "elsewhere": instance.node.name != settings.ASSISTANT_NODE,
-            "running": run == instance.generation and instance.pid is not None and instance.state != State.STOPPED,
+            "log": LogView.of(instance, run, lines),
         }
         return TemplateResponse(request, "models_app/instance_log.html", context)
 

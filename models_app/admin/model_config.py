@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 from django import forms
@@ -18,7 +17,7 @@ from unfold.widgets import UnfoldAdminTextareaWidget, UnfoldAdminTextInputWidget
 
 from models_app import model_preflight, model_rules, model_status, operations, tasks
 from models_app.admin.base import Admin, RuleForm, column, confirmed, done, size
-from models_app.exceptions import AssistantError
+from models_app.exceptions import AssistantError, PathNotAllowed
 from models_app.model_status import Condition, ModelStatus
 from models_app.models import ModelConfig
 from models_app.models.model_config import ModelConfigQuerySet
@@ -200,8 +199,8 @@ class ModelConfigAdmin(Admin[ModelConfig]):
 
 def _file_size(path: str) -> int | None:
     try:
-        return Path(path).stat().st_size
-    except OSError:
+        return model_rules.resolve_model_path(path).stat().st_size
+    except (PathNotAllowed, OSError):
         return None
 
 

@@ -20,10 +20,10 @@ from models_app.models.instance import WITH_PROCESS
 
 @admin.register(Node)
 class NodeAdmin(Admin[Node]):
-    list_display = ("name", "placement", "processes", "address", "cpu_count", "memory", "version", "seen")
+    list_display = ("name", "placement", "processes", "address", "cpus", "memory", "version", "seen")
     search_fields = ("name", "address")
-    fields = (("name", "cordoned"), "address", "cpu_count", "memory", "version", "seen", "boot_id")
-    readonly_fields = ("name", "cpu_count", "memory", "version", "seen", "boot_id")
+    fields = (("name", "cordoned"), "address", "cpus", "memory", "version", "seen", "boot_id")
+    readonly_fields = ("name", "cpus", "memory", "version", "seen", "boot_id")
     actions_row = ("cordon", "uncordon")
     actions_detail = ("cordon", "uncordon")
     ready_processes: ClassVar = Count("instances", filter=Q(instances__state=State.READY))
@@ -42,6 +42,10 @@ class NodeAdmin(Admin[Node]):
     @column("ready / running processes")
     def processes(self, node: Node) -> str:
         return f"{getattr(node, 'ready', 0)} / {getattr(node, 'running', 0)}"
+
+    @column("CPUs", ordering="cpu_count")
+    def cpus(self, node: Node) -> int | None:
+        return node.cpu_count
 
     @column("memory", ordering="memory_bytes")
     def memory(self, node: Node) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 from django.contrib import admin
 from django.db.models import QuerySet
 from django.http import HttpRequest
+from django.urls import reverse
+from django.utils import timezone
 from django.utils.html import format_html
 from django.utils.safestring import SafeString
 from unfold.contrib.filters.admin import BooleanRadioFilter, ChoicesDropdownFilter, FieldTextFilter, RangeDateTimeFilter
@@ -22,8 +24,18 @@ LABELS = {"ok": "success", "refused": "warning", "error": "danger", "never answe
 @admin.register(UsageEvent)
 class UsageEventAdmin(Admin[UsageEvent]):
     list_display = (
-        "started", "outcome", "asked", "who", "tokens", "first", "total", "end_reason", "short_id",
+        "started", "outcome", "asked", "who", "tokens", "first", "total", "end_reason",
     )  # fmt: skip
+    fieldsets = (
+        (None, {"fields": (("request_id", "exactly"), ("endpoint", "stream"), ("model_name", "served_by"), "gateway")}),
+        (
+            "Asked by",
+            {"fields": (("user", "key"), ("user_name", "key_public_id")), "description": "Names stay when the rest is deleted."},
+        ),
+        ("Outcome", {"fields": (("status", "end_reason"), "error_code")}),
+        ("Tokens", {"fields": (("prompt_tokens", "cached_tokens"), "completion_tokens")}),
+        ("Times", {"fields": (("queued", "first"), "total")}),
+    )
     list_filter = (
         ("started_at", RangeDateTimeFilter),
         ("model_name", FieldTextFilter),
@@ -55,9 +67,22 @@ class UsageEventAdmin(Admin[UsageEvent]):
         """Exact, so that its index serves; Django's “=” compares without case and would read the whole table."""
         return (queryset.filter(request_id=search_term.strip()) if search_term.strip() else queryset), False
 
-    @column("time", ordering="started_at")
-    def started(self, event: UsageEvent) -> SafeString | str:
-        return age(event.started_at)
+    @column("time", ordering="started_at", header=True)
+    def started(self, event: UsageEvent) -> Sequence[str]:
+        return (age(event.started_at), format_html('<span title="{}">…{}</span>', event.request_id, event.request_id[-8:]))
+
+    @column("received")
+    def exactly(self, event: UsageEvent) -> str:
+        return timezone.localtime(event.started_at).strftime("%Y-%m-%d %H:%M:%S.%f %Z")
+
+    @column("served by")
+    def served_by(self, event: UsageEvent) -> SafeString | str:
+        kind, _, rest = event.backend.partition(":")
+        number, _, generation = rest.partition(":")
+        if kind != "instance" or not number.isdigit():
+            return f"remote server {rest}" if rest else NOTHING
+        address = f"{reverse('admin:models_app_instance_log', args=[int(number)])}?run={generation}"
+        return format_html('<a class="as-link" href="{}">instance {}, generation {}</a>', address, number, generation)
 
     @column("status", label=LABELS)
     def outcome(self, event: UsageEvent) -> tuple[str, str]:
@@ -78,9 +103,9 @@ class UsageEventAdmin(Admin[UsageEvent]):
     def tokens(self, event: UsageEvent) -> str:
         return f"{_count(event.prompt_tokens)}\u00a0→\u00a0{_count(event.completion_tokens)}"
 
-    @column("request id")
-    def short_id(self, event: UsageEvent) -> SafeString:
-        return format_html('<span class="as-mono" title="{}">{}…</span>', event.request_id, event.request_id[:14])
+    @column("waited in the queue")
+    def queued(self, event: UsageEvent) -> str:
+        return _milliseconds(event.queue_ms)
 
     @column("first token")
     def first(self, event: UsageEvent) -> str:

@@ -67,21 +67,23 @@ def test_the_instance_list_shows_the_process_as_it_is(person: Person) -> None:
     engine = person.platform.engine()
     row = person.row(INSTANCES, MODEL)
     expect(row.locator(".field-condition")).to_have_text("ready")
-    expect(row.locator(".field-pid")).to_have_text(str(engine.pid))
+    expect(row.locator(".field-running_pid")).to_have_text(str(engine.pid))
     expect(row.locator(".field-node")).to_have_text(socket.gethostname())
     ports = {connection.laddr.port for connection in engine.net_connections() if connection.status == psutil.CONN_LISTEN}
-    assert {int(row.locator(".field-port").inner_text())} == ports
+    assert {int(row.locator(".field-running_port").inner_text())} == ports
 
 
-def test_the_page_of_an_instance_leads_to_the_engines_log_which_grows_by_itself(person: Person) -> None:
+def test_the_page_of_an_instance_shows_the_end_of_the_engines_log_which_grows_by_itself(person: Person) -> None:
     person.open_row(INSTANCES, MODEL)
-    person.page.get_by_role("link", name="Log", exact=True).or_(person.page.get_by_role("link", name="Log (")).click()
-    log = person.page.locator("[data-log]")
-    expect(log).to_contain_text("loading model")
-    expect(person.page.get_by_text("Follows the running process.")).to_be_visible()
+    page = person.page
+    expect(page.get_by_text("Follows the running process.")).to_be_visible()
+    log = page.locator("#log [data-log]")
     before = log.inner_text()
     assert person.platform.chat().status_code == 200
     expect(log).not_to_have_text(before, use_inner_text=True)
+    assert page.evaluate("log => log.scrollTop + log.clientHeight >= log.scrollHeight - 1", log.element_handle())
+    page.get_by_role("link", name="Whole log").first.click()
+    expect(log).to_contain_text("loading model")
 
 
 def test_a_model_made_in_the_form_answers(person: Person, spare_model: str) -> None:

@@ -37,17 +37,18 @@ document.addEventListener("DOMContentLoaded", () => {
     history.replaceState(null, "", secret.dataset.keyPage);
     secret.select();
   }
-  toEnd();
+  toEnd(document);
 });
 
 // A log opens at its end and stays there while it grows, unless its reader has scrolled up.
-let atEnd = true;
-function toEnd() {
-  const log = document.querySelector("[data-log]");
-  if (log && atEnd) log.scrollTop = log.scrollHeight;
+function toEnd(part) {
+  for (const log of part.querySelectorAll("[data-log]")) log.scrollTop = log.scrollHeight;
 }
-document.addEventListener("htmx:beforeSwap", () => {
-  const log = document.querySelector("[data-log]");
+let atEnd = true;
+document.addEventListener("htmx:beforeSwap", (event) => {
+  const log = event.target.querySelector("[data-log]");
   if (log) atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
 });
-document.addEventListener("htmx:afterSettle", toEnd);
+document.addEventListener("htmx:afterSettle", (event) => {
+  if (atEnd) toEnd(event.target);
+});
