@@ -192,7 +192,7 @@ def probe(instance: Instance, timeout_s: float = PROBE_TIMEOUT_S) -> Probe:
         secret = secret_box.unseal(settings.SECRET_KEY, instance.engine_secret)
     except SecretUnreadable as error:
         return Probe(Health.WRONG_SERVER, str(error))
-    target = Target(ports.HOST, instance.port or 0, secret, instance.model_name)
+    target = Target(ports.HOST, instance.port or 0, secret, instance.model_name, proven=instance.state == State.READY)
     # trust_env=False: a proxy of the environment has no business between us and loopback.
     with httpx.Client(timeout=timeout_s, trust_env=False) as client:
         return registry.adapter(instance.engine).probe(target, client)

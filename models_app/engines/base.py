@@ -73,12 +73,13 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a running engine answers."""
+    """Where a running engine answers. proven: this very process was READY before, so who answers need not be proven again."""
 
     host: str
     port: int
     secret: str
     model_name: str
+    proven: bool = False
 
 
 class EngineAdapter(Protocol):

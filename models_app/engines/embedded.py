@@ -61,6 +61,8 @@ class EmbeddedEngine:
             keyed = client.get(address, headers={"Authorization": f"Bearer {target.secret}"})
             if keyed.status_code == httpx.codes.SERVICE_UNAVAILABLE:
                 return Probe(Health.LOADING)
+            if target.proven and keyed.status_code == httpx.codes.OK:
+                return _ready(keyed)  # the engine logs a warning for every request without a key
             bare = client.get(address)
         except httpx.ConnectError:
             return Probe(Health.UNREACHABLE, "refuses connections")

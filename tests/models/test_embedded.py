@@ -141,9 +141,9 @@ class Slots:
         self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01})
         self.thread.start()
 
-    def probe(self) -> tuple[Health, int | None]:
+    def probe(self, proven: bool = False) -> tuple[Health, int | None]:
         with httpx.Client(timeout=0.3, trust_env=False) as client:
-            found = ENGINE.probe(Target("127.0.0.1", self.server.server_port, "sekret", "smol"), client)
+            found = ENGINE.probe(Target("127.0.0.1", self.server.server_port, "sekret", "smol", proven), client)
         return found.health, found.slots_busy
 
     def close(self) -> None:
@@ -184,6 +184,18 @@ def test_ready_needs_our_key_to_open_what_is_closed_without_it(
     slots: Callable[..., Slots], answer: Callable[[bool], tuple[int, bytes]], health: Health, busy: int | None
 ) -> None:
     assert slots(answer).probe() == (health, busy)
+
+
+def test_a_process_that_was_ready_is_asked_with_its_key_alone(slots: Callable[..., Slots]) -> None:
+    asked: list[bool] = []
+
+    def answer(keyed: bool) -> tuple[int, bytes]:
+        asked.append(keyed)
+        return 200, TWO_SLOTS
+
+    assert slots(answer).probe(proven=True) == (Health.READY, 1)
+    assert asked == [True]
+    assert slots(lambda keyed: (401, b"{}")).probe(proven=True)[0] == Health.WRONG_SERVER
 
 
 def test_no_answer_in_time_is_busy_and_no_listener_is_unreachable(slots: Callable[..., Slots]) -> None:
