@@ -10,7 +10,7 @@ import httpx
 import pytest
 from playwright.sync_api import expect
 
-from tests.console.browsing import KEYS, USERS, Person
+from tests.console.browsing import KEYS, USERS, Person, picture
 from tests.running_platform import wait_until
 
 pytestmark = [pytest.mark.browser, pytest.mark.platform, pytest.mark.timeout(120)]
@@ -57,6 +57,7 @@ def test_a_key_is_shown_once_works_and_is_refused_when_revoked(person: Person, u
     assert SECRET.fullmatch(key)
     assert "no-store" in headers["cache-control"].split(", ")
     expect(page.locator("#curl")).to_contain_text(f"Bearer {key}")
+    picture(page, "new-key")
     wait_until(lambda: ask(person, key) == 200, 5, "the new key to be accepted")
     assert person.platform.chat(key=key).status_code == 200
 

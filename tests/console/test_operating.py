@@ -48,6 +48,7 @@ def test_signing_in_leads_to_the_overview(browser: Browser, platform: Platform, 
     page.goto(platform.base_url)
     sign_in(page, platform, password="not the password")
     expect(page.get_by_text("Please enter the correct username and password")).to_be_visible()
+    picture(page, "sign-in-refused")
     sign_in(page, platform)
     expect(page.get_by_role("heading", name="Overview")).to_be_visible()
     row = page.get_by_role("row").filter(has=page.get_by_role("link", name=MODEL))
@@ -120,6 +121,7 @@ def test_an_action_that_is_not_confirmed_does_nothing(person: Person) -> None:
     engine = person.platform.engine().pid
     person.open_row(MODELS, MODEL)
     dialog = person.choose("Stop")
+    picture(person.page, "dialog")
     dialog.get_by_role("link", name="Cancel").click()
     expect(dialog).to_be_hidden()
     expect(person.row(MODELS, MODEL).locator(".field-condition")).to_have_text("ready")
@@ -132,6 +134,7 @@ def test_a_file_outside_the_model_folders_is_refused_by_naming_the_folders(perso
     expect(error).to_be_visible()
     expect(error).to_contain_text(str(person.platform.home / "models"))
     expect(person.page.get_by_label("Chat model")).to_have_value("/etc/hostname")
+    picture(person.page, "model-add-refused")
     expect(person.row(MODELS, "outside")).to_have_count(0)
 
 

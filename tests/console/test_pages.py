@@ -44,8 +44,13 @@ def name_of(path: str) -> str:
 
 
 def fits(page: Page) -> bool:
-    """No part of the page is cut off or scrolled to at the side."""
-    return bool(page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"))
+    """No part of the page, nor of the table of a list, is cut off or scrolled to at the side."""
+    return bool(
+        page.evaluate(
+            """() => document.documentElement.scrollWidth <= window.innerWidth
+                && (document.querySelector("#result_list")?.getBoundingClientRect().right ?? 0) <= window.innerWidth"""
+        )
+    )
 
 
 def test_every_page_opens_and_fits_its_window(person: Person) -> None:
