@@ -14,6 +14,7 @@ from typing import cast
 import redis
 from django.conf import settings
 from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
@@ -38,8 +39,10 @@ _RENEW = "if redis.call('get', KEYS[1]) == ARGV[1] then return redis.call('pexpi
 @lru_cache(maxsize=1)
 def client() -> redis.Redis:
     """One connection pool per process; it notices a fork by itself."""
-    # With redis-py's own retries a missing server would block a caller for seconds.
-    return redis.Redis.from_url(settings.REDIS_URL, socket_timeout=2.0, socket_connect_timeout=1.0, retry=Retry(NoBackoff(), 1))
+    # With redis-py's own retries a missing server would block a caller for seconds. One retry mends a connection that was
+    # closed while it lay in the pool; a server that hangs is not asked twice.
+    retry = Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,))
+    return redis.Redis.from_url(settings.REDIS_URL, socket_timeout=1.0, socket_connect_timeout=1.0, retry=retry)
 
 
 @contextmanager
@@ -52,6 +55,12 @@ def _translated() -> Iterator[None]:
 
 def _text(value: bytes | str) -> str:
     return value if isinstance(value, str) else value.decode()
+
+
+def ping() -> None:
+    """Raises CoordinationUnavailable where nobody answers within a second."""
+    with _translated():
+        client().ping()
 
 
 def publish_revision() -> None:
@@ -150,3 +159,27 @@ def forget_probe_failures(instance_id: int, generation: int) -> None:
     """A probe succeeded. Raises CoordinationUnavailable."""
     with _translated():
         client().delete(_failures_key(instance_id, generation))
+
+
+def _still_key(instance_id: int, generation: int) -> str:
+    return f"{PREFIX}still:{instance_id}:{generation}"
+
+
+def first_still(instance_id: int, generation: int, seen: tuple[float, float], life_ms: int) -> tuple[float, float]:
+    """When it was first seen without an answer and what it had computed by then; what is seen now where that is the first
+    time. Forgotten life_ms after the last call. Raises CoordinationUnavailable.
+    """
+    key = _still_key(instance_id, generation)
+    with _translated(), client().pipeline() as pipeline:
+        pipeline.set(key, json.dumps(seen), nx=True)
+        pipeline.pexpire(key, life_ms)
+        pipeline.get(key)
+        *_, first = pipeline.execute()
+    since, computed = json.loads(first) if first else seen
+    return float(since), float(computed)
+
+
+def forget_still(instance_id: int, generation: int) -> None:
+    """It answered or computed. Raises CoordinationUnavailable."""
+    with _translated():
+        client().delete(_still_key(instance_id, generation))

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import enum
 import logging
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+
+import psutil
 
 from models_app import coordination, lifecycle, provisioning, runtime_folder
 from models_app.contracts.coordination import GatewayTelemetry
@@ -22,8 +25,12 @@ log = logging.getLogger(__name__)
 
 FAILED_PROBES = 3  # in a row, before a process that lives is taken for sick
 FRESH_BYTE_S = 15.0  # a byte this recent proves that it works
+STILL_S = 120.0  # busy and silent for so long without computing: it is wedged
 PROBES_AT_ONCE = 16
 COUNT_LIFE_MS = 60_000  # failed probes further apart than this are not "in a row"
+# What our own probes cost a process that does nothing else: less than this share of a processor, and a first moment of it.
+IDLE_SHARE = 0.01
+IDLE_CPU_S = 0.1
 
 
 class Verdict(enum.StrEnum):
@@ -45,11 +52,12 @@ class Traffic:
     last_byte_s: float | None = None
 
 
-def judge(living: bool, probe: Probe, traffic: Traffic, failed_before: int) -> Verdict:
-    """failed_before counts the failed probes in a row before this one.
+def judge(living: bool, probe: Probe, traffic: Traffic, failed_before: int, still_s: float = 0.0) -> Verdict:
+    """failed_before counts the failed probes in a row before this one; still_s is for how long it has not computed.
 
-    A process that answers others, or that took its time while it works for somebody, is busy and nothing else. Only a
-    process that does not answer, has no work anybody knows of, and does so FAILED_PROBES times running, is sick.
+    A process that answers others, or that took its time while it works for somebody, is busy and nothing else. Sick is a
+    process that does not answer, has no work anybody knows of, and does so FAILED_PROBES times running; and one that has
+    work but neither answers nor computes for STILL_S.
     """
     if not living:
         return Verdict.DEAD
@@ -57,7 +65,7 @@ def judge(living: bool, probe: Probe, traffic: Traffic, failed_before: int) -> V
         return Verdict.WELL
     fresh = traffic.last_byte_s is not None and traffic.last_byte_s < FRESH_BYTE_S
     if fresh or (probe.health == Health.BUSY and (traffic.in_flight > 0 or not traffic.known)):
-        return Verdict.BUSY
+        return Verdict.BUSY if fresh or still_s < STILL_S else Verdict.SICK
     return Verdict.SICK if failed_before + 1 >= FAILED_PROBES else Verdict.SUSPECT
 
 
@@ -103,6 +111,8 @@ def _conclude(instance: Instance, probe: Probe, telemetry: list[GatewayTelemetry
     verdict = judge(living, probe, traffic, 0)
     if verdict == Verdict.SUSPECT:
         verdict = judge(living, probe, traffic, _count_failure(instance))
+    elif verdict == Verdict.BUSY and probe.health == Health.BUSY:
+        verdict = judge(living, probe, traffic, 0, _still_s(instance))
     elif verdict == Verdict.WELL:
         _forget_failures(instance)
     return _acted(instance, verdict, probe)
@@ -116,9 +126,24 @@ def _count_failure(instance: Instance) -> int:
         return 0
 
 
+def _still_s(instance: Instance) -> float:
+    """For how many seconds, over probes that all timed out, the process has used no processor to speak of."""
+    try:
+        used = psutil.Process(instance.pid).cpu_times()
+        now, cpu = time.monotonic(), used.user + used.system
+        since, cpu_then = coordination.first_still(instance.pk, instance.generation, (now, cpu), COUNT_LIFE_MS)
+        if cpu - cpu_then <= IDLE_CPU_S + IDLE_SHARE * (now - since):
+            return now - since
+        coordination.forget_still(instance.pk, instance.generation)
+    except (psutil.Error, CoordinationUnavailable) as error:
+        log.debug("Whether %s computes is not known: %s", instance, error)
+    return 0.0
+
+
 def _forget_failures(instance: Instance) -> None:
     try:
         coordination.forget_probe_failures(instance.pk, instance.generation)
+        coordination.forget_still(instance.pk, instance.generation)
     except CoordinationUnavailable as error:
         log.debug("Failed probes of %s not forgotten: %s", instance, error)
 
@@ -146,6 +171,6 @@ def _replace_sick(instance: Instance, probe: Probe) -> None:
         return
     lines = runtime_folder.last_log_lines(provisioning.folder_of(instance), 200)
     provisioning.kill(instance)
-    reason = f"The engine lived but failed {FAILED_PROBES} probes in a row ({probe.detail or probe.health}), so it was ended."
+    reason = f"The engine lived but failed its probes again and again ({probe.detail or probe.health}), so it was ended."
     log.warning("%s generation %d: %s", instance, instance.generation, reason)
     lifecycle.failed(instance, Exit(reason, "\n".join(lines)))

@@ -60,10 +60,11 @@ def _enqueue_reconcile() -> None:
 
 
 def _enqueue(task: Task[Any, Any], **options: Any) -> None:
-    """Send a task. Without a broker that is left to the next periodic reconcile."""
+    """Send a task. Without a broker that is left to the next periodic reconcile: the caller may be somebody's request."""
     try:
-        task.apply_async(**options)
-    except OperationalError as error:
+        coordination.ping()  # a broker that hangs is found out in a second here; Celery would take several
+        task.apply_async(**options, retry=False)
+    except (OperationalError, CoordinationUnavailable) as error:
         log.warning("%s was not sent, the broker does not answer: %s", task.name, error)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from models_app.contracts.coordination import GatewayTelemetry
 from models_app.engines.base import Health, Probe
-from models_app.health import FAILED_PROBES, Traffic, Verdict, judge, traffic_of
+from models_app.health import FAILED_PROBES, STILL_S, Traffic, Verdict, judge, traffic_of
 
 IDLE = Traffic(known=True)
 WORKING = Traffic(known=True, in_flight=1, last_byte_s=0.5)
@@ -36,6 +36,19 @@ UNKNOWN = Traffic(known=False)
 )
 def test_the_verdict_on_a_living_process(health: Health, traffic: Traffic, failed_before: int, verdict: Verdict) -> None:
     assert judge(True, Probe(health), traffic, failed_before) == verdict
+
+
+@pytest.mark.parametrize(
+    ("traffic", "still_s", "verdict"),
+    [
+        (SILENT_WORK, STILL_S - 1, Verdict.BUSY),
+        (SILENT_WORK, STILL_S, Verdict.SICK),
+        (UNKNOWN, STILL_S, Verdict.SICK),
+        (WORKING, STILL_S, Verdict.BUSY),
+    ],
+)
+def test_one_that_works_and_does_not_compute_is_sick_after_a_while(traffic: Traffic, still_s: float, verdict: Verdict) -> None:
+    assert judge(True, Probe(Health.BUSY), traffic, 0, still_s) == verdict
 
 
 @pytest.mark.parametrize(("health", "traffic"), list(itertools.product(Health, [IDLE, WORKING, UNKNOWN])))

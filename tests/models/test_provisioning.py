@@ -309,8 +309,41 @@ def test_an_engine_that_lives_but_never_answers_is_replaced_after_three_probes()
         assert [health.check(instance.node.name) for _ in range(3)] == [0, 0, 1]
     instance.refresh_from_db()
     assert instance.state == State.FAILED
-    assert "failed 3 probes" in instance.exit_reason
+    assert "failed its probes" in instance.exit_reason
     assert not alive(engine)
+
+
+def test_an_engine_that_has_work_but_stands_still_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    instance = ready()
+    engine = provisioning.engine_of(instance)
+    assert engine is not None
+    send(engine, signal.SIGSTOP)
+    monkeypatch.setattr(provisioning.probe, "__defaults__", (0.2,))
+    coordination.forget_still(instance.pk, instance.generation)
+    # No gateway has said anything in this test, so for all we know it works for somebody.
+    assert [health.check(instance.node.name) for _ in range(health.FAILED_PROBES + 1)] == [0] * (health.FAILED_PROBES + 1)
+    monkeypatch.setattr(health, "STILL_S", 0.0)
+    assert health.check(instance.node.name) == 1
+    instance.refresh_from_db()
+    assert instance.state == State.FAILED
+    assert "did not answer in time" in instance.exit_reason
+    assert not alive(engine)
+
+
+def test_an_engine_that_computes_is_busy_however_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    instance = ready()
+    engine = provisioning.engine_of(instance)
+    assert engine is not None
+    send(engine, signal.SIGSTOP)
+    monkeypatch.setattr(provisioning.probe, "__defaults__", (0.2,))
+    coordination.forget_still(instance.pk, instance.generation)
+    computed_since = (time.monotonic() - 200.0, -100.0)  # as seen 200 s and 100 s of processor time ago
+    coordination.first_still(instance.pk, instance.generation, computed_since, 10_000)
+    monkeypatch.setattr(health, "STILL_S", 0.1)
+    assert health.check(instance.node.name) == 0
+    send(engine, signal.SIGCONT)
+    assert health.check(instance.node.name) == 0
+    assert instance.state == State.READY
 
 
 def test_a_healthy_engine_is_left_alone() -> None:

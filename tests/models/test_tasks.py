@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -182,6 +184,19 @@ class TestWithoutBroker:
     def test_saving_a_form_never_fails(self, caplog: pytest.LogCaptureFixture, django_capture_on_commit_callbacks: Any) -> None:
         with caplog.at_level(logging.WARNING), django_capture_on_commit_callbacks(execute=True):
             tasks.request_reconcile()
+        assert "reconcile was not sent, the broker does not answer" in caplog.text
+
+    def test_a_broker_that_hangs_is_given_up(
+        self, settings: Settings, caplog: pytest.LogCaptureFixture, django_capture_on_commit_callbacks: Any, tmp_path: Path
+    ) -> None:
+        with socket.socket(socket.AF_UNIX) as deaf:
+            deaf.bind(str(tmp_path / "v.sock"))
+            deaf.listen()  # the kernel accepts, nobody answers
+            settings.REDIS_URL = f"unix://{tmp_path}/v.sock"
+            coordination.client.cache_clear()
+            with caplog.at_level(logging.WARNING), django_capture_on_commit_callbacks(execute=True):
+                tasks.request_reconcile()
+            coordination.client.cache_clear()
         assert "reconcile was not sent, the broker does not answer" in caplog.text
 
     def test_a_lease_that_cannot_be_asked_for_skips_the_round(self, settings: Settings) -> None:
