@@ -16,6 +16,7 @@ from django.core.exceptions import ImproperlyConfigured
 
 # sun_path holds 108 bytes with its terminator; a socket path longer than this cannot be bound.
 MAX_SOCKET_PATH = 107
+LONGEST_SOCKET = "console.sock"
 
 
 def text(name: str, default: str) -> str:
@@ -97,7 +98,7 @@ def private_folder(folder: Path) -> Path:
 def run_folder(home: Path) -> Path:
     """The folder of sockets and locks: home/run, or a short private one where the path is too long for a socket."""
     folder = home / "run"
-    if len(str(folder / "valkey.sock")) <= MAX_SOCKET_PATH:
+    if len(os.fsencode(folder / LONGEST_SOCKET)) <= MAX_SOCKET_PATH:
         return private_folder(folder)
     digest = hashlib.sha256(str(home).encode()).hexdigest()[:12]
     short = Path(os.environ.get("XDG_RUNTIME_DIR") or "/tmp")  # noqa: S108  # private_folder refuses a planted folder

@@ -34,10 +34,11 @@ def environment() -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if name != "ASSISTANT_ADMIN_PASSWORD"}
     if inherited.get("DJANGO_SETTINGS_MODULE") == DEFAULT_SETTINGS:
         del inherited["DJANGO_SETTINGS_MODULE"]  # manage.py chooses by command
+    if inherited.get("ASSISTANT_MODEL_DIRS"):  # the default follows from the home, whose name may hold a separator
+        inherited["ASSISTANT_MODEL_DIRS"] = os.pathsep.join(map(str, settings.ASSISTANT_MODEL_DIRS))
     return {
         **inherited,
         "ASSISTANT_HOME": str(settings.ASSISTANT_HOME),
-        "ASSISTANT_MODEL_DIRS": os.pathsep.join(map(str, settings.ASSISTANT_MODEL_DIRS)),
         "PYTHONUNBUFFERED": "1",
         MARK: mark_of(settings.ASSISTANT_HOME),
     }

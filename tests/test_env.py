@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import threading
 from pathlib import Path
 
 import pytest
+from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 
 from assistant_site import env
@@ -67,6 +69,15 @@ def test_a_home_too_deep_for_a_socket_gets_a_short_private_run_folder(tmp_path: 
     assert folder.parent == tmp_path
     assert len(str(folder / "valkey.sock")) <= env.MAX_SOCKET_PATH
     assert mode(folder) == 0o700
+
+
+@pytest.mark.parametrize("letter", ["l", "ü"])
+def test_every_socket_of_a_run_folder_can_be_bound(letter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "short"))
+    for length in range(40):
+        folder = env.run_folder(tmp_path / (letter * (1 + length)))
+        for name in (settings.ASSISTANT_VALKEY_SOCKET.name, settings.ASSISTANT_CONSOLE_SOCKET.name):
+            assert len(os.fsencode(folder / name)) <= env.MAX_SOCKET_PATH
 
 
 def test_an_open_folder_is_closed_to_others(tmp_path: Path) -> None:

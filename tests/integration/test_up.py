@@ -192,6 +192,13 @@ def test_programs_get_absolute_folders_and_not_the_first_password(settings: Sett
     assert given["ASSISTANT_UP"]
 
 
+def test_a_home_with_a_colon_in_its_name_stays_one_folder_for_programs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("ASSISTANT_MODEL_DIRS", raising=False)
+    assert "ASSISTANT_MODEL_DIRS" not in platform_programs.environment()
+    monkeypatch.setenv("ASSISTANT_MODEL_DIRS", str(tmp_path))  # the settings were read before this
+    assert Path(platform_programs.environment()["ASSISTANT_MODEL_DIRS"]).is_absolute()
+
+
 def test_no_program_holds_a_secret_in_its_arguments(settings: Settings) -> None:
     words = [word for program in platform_programs.programs() for word in program.argv]
     assert all(settings.ASSISTANT_VALKEY_PASSWORD not in word for word in words)
