@@ -37,6 +37,7 @@ class Claim:
     port: int
     sealed_secret: str
     digest: str
+    model_name: str
     engine: str
     slots: int
     ctx_size: int
@@ -94,6 +95,7 @@ def starting(instance: Instance, claim: Claim) -> None:
         port=claim.port,
         engine_secret=claim.sealed_secret,
         launch_digest=claim.digest,
+        model_name=claim.model_name,
         engine=claim.engine,
         slots=claim.slots,
         ctx_size=claim.ctx_size,

@@ -100,6 +100,7 @@ def _claim(instance: Instance, config: ModelConfig, spec: ModelSpec, digest: str
             port=ports.choose(config.port, taken, settings.ASSISTANT_ENGINE_PORTS),
             sealed_secret=secret_box.seal(settings.SECRET_KEY, secret),
             digest=digest,
+            model_name=config.name,
             engine=config.engine,
             slots=spec.slots,
             ctx_size=spec.ctx_size,

@@ -49,7 +49,11 @@ def engine_environment(own: Mapping[str, str]) -> dict[str, str]:
 
 
 def prepare(folder: Path, command: Command) -> None:
-    """Make the folder (0700) with the engine's files and the shim's launch file (0600)."""
+    """Make the folder (0700) with the engine's files and the shim's launch file (0600).
+
+    Nothing that lies there already is this run's: a database that was made anew counts its instances from 1 again.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     launch: shim.LaunchFile = {
         "argv": command.argv,

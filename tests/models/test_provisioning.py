@@ -24,7 +24,7 @@ from models_app.engines.base import Command, Launch, ModelSpec
 from models_app.engines.embedded import EmbeddedEngine
 from models_app.engines.registry import ENGINES
 from models_app.exceptions import PreflightError, StaleTransition
-from models_app.models import Instance, State
+from models_app.models import Instance, ModelConfig, State
 from models_app.process_identity import alive, send, wait_gone
 from tests.fakes.toy_engine import TOY
 from tests.models.instances import make_instance, make_model, make_node
@@ -92,6 +92,24 @@ def test_a_start_leads_to_ready_with_everything_on_record() -> None:
     assert instance.port is not None
     assert 20_000 <= instance.port <= 29_999
     assert str(provisioning.folder_of(instance)) in Path(f"/proc/{engine.pid}/cmdline").read_text()
+
+
+def test_a_model_renamed_before_its_process_starts_starts_under_its_new_name() -> None:
+    instance = make_instance(model=make_model(engine="toy", extra_args={"behaviour": "serve"}))
+    ModelConfig.objects.update(name="renamed")
+    instance = Instance.objects.select_related("model", "node").get(pk=instance.pk)
+    assert provisioning.provision(instance)
+    assert Instance.objects.get().model_name == "renamed"
+
+
+def test_what_an_earlier_installation_left_in_the_folder_is_not_taken_for_this_run_s() -> None:
+    instance = make_instance(model=make_model(engine="toy", extra_args={"behaviour": "serve"}))
+    folder = runtime_folder.path(instance.pk, 1)
+    folder.mkdir(parents=True)
+    (folder / "exit.json").write_text('{"code": 3}')
+    assert provisioning.provision(instance)
+    assert runtime_folder.read_exit(folder) is None
+    assert settle(instance).state == State.READY
 
 
 def test_the_engine_s_key_is_random_sealed_and_in_no_argument(settings: Settings) -> None:
