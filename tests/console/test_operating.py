@@ -145,20 +145,29 @@ def test_a_file_that_is_not_there_is_refused_before_anything_is_started(person: 
     expect(person.page.get_by_role("link", name="absent")).to_have_count(0)
 
 
-def test_a_model_that_cannot_be_loaded_says_why(person: Person, spare_file: Path) -> None:
-    page = person.page
+@pytest.fixture
+def cut_model(person: Person, spare_file: Path) -> Iterator[str]:
+    """A model whose file ends too early; deleted afterwards."""
     cut = spare_file.with_name("cut.gguf")
     cut.write_bytes(spare_file.read_bytes()[:20_000_000])
     person.add_model("cut", str(cut))
-    person.open_row(MODELS, "cut")
+    expect(person.page.get_by_text("was added successfully")).to_be_visible()
+    yield "cut"
+    person.delete_model("cut")
+    expect(person.row(INSTANCES, "cut#")).to_have_count(0)
+
+
+def test_a_model_that_cannot_be_loaded_says_why(person: Person, cut_model: str) -> None:
+    page = person.page
+    person.open_row(MODELS, cut_model)
     what_happened = page.get_by_role("link", name="What happened")
     person.reload_until_seen(what_happened)  # it is tried again between failures
     what_happened.click()
-    expect(page.locator("[data-log]")).to_contain_text("not within the file bounds")
-    person.reload_until_seen(page.get_by_role("heading", name="This process failed"))
+    page.wait_for_url(f"**{INSTANCES}**")
+    card = page.get_by_role("region", name="This process failed")
+    person.reload_until_seen(card)
+    expect(card.locator("[data-log]")).to_contain_text("not within the file bounds")
     picture(page, "instance-failed")
     person.open(ADMIN)
-    person.reload_until_seen(page.get_by_role("region", name="Needs attention").get_by_role("link", name="cut#"))
+    person.reload_until_seen(page.get_by_role("region", name="Needs attention").get_by_role("link", name=f"{cut_model}#"))
     picture(page, "overview-failed")
-    person.delete_model("cut")
-    expect(person.row(INSTANCES, "cut#")).to_have_count(0)
