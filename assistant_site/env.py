@@ -78,10 +78,21 @@ def address(name: str, default: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def node_name() -> str:
-    """This machine's name among the nodes: ASSISTANT_NODE, else the host name, cut to what a queue name takes."""
-    raw = text("ASSISTANT_NODE", socket.gethostname() or "local")
+def node_name(home: Path) -> str:
+    """This machine's name among the nodes: ASSISTANT_NODE, else the host name of the first start, cut to what a queue name takes.
+
+    The host name is kept in home/node_name: a new container on an old home has another one, and its instances would be taken
+    for another machine's, which nobody may give up.
+    """
+    raw = os.environ.get("ASSISTANT_NODE") or _kept_host_name(home / "node_name")
     return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in raw)[:63]
+
+
+def _kept_host_name(file: Path) -> str:
+    host = socket.gethostname() or "local"
+    if not file.exists():
+        write_secret(file, host)  # no secret, but whole and ours
+    return file.read_text().strip() or host
 
 
 def private_folder(folder: Path) -> Path:

@@ -19,7 +19,7 @@ os.umask(0o077)
 
 ASSISTANT_HOME = env.private_folder(Path(env.text("ASSISTANT_HOME", str(BASE_DIR / "var"))).expanduser().resolve())
 ASSISTANT_RUN_DIR = env.run_folder(ASSISTANT_HOME)
-ASSISTANT_NODE = env.node_name()
+ASSISTANT_NODE = env.node_name(ASSISTANT_HOME)
 ASSISTANT_HTTP_ADDR = env.address("ASSISTANT_HTTP_ADDR", "127.0.0.1:8080")
 ASSISTANT_GRPC_ADDR = env.address("ASSISTANT_GRPC_ADDR", "127.0.0.1:50051")
 ASSISTANT_ASGI_SERVER = env.choice("ASSISTANT_ASGI_SERVER", "daphne", ("daphne", "uvicorn"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import stat
 import threading
 from pathlib import Path
@@ -87,9 +88,19 @@ def test_an_open_folder_is_closed_to_others(tmp_path: Path) -> None:
     assert mode(env.private_folder(folder)) == 0o700
 
 
-def test_a_node_name_fits_a_queue_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_name_fits_a_queue_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ASSISTANT_NODE", "büro host.example" + "x" * 100)
-    name = env.node_name()
+    name = env.node_name(tmp_path)
     assert len(name) == 63
     assert " " not in name
     assert "." not in name
+
+
+def test_a_home_keeps_its_node_name_when_the_host_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ASSISTANT_NODE", raising=False)
+    monkeypatch.setattr(socket, "gethostname", lambda: "container-1")
+    assert env.node_name(tmp_path) == "container-1"
+    monkeypatch.setattr(socket, "gethostname", lambda: "container-2")
+    assert env.node_name(tmp_path) == "container-1"
+    monkeypatch.setenv("ASSISTANT_NODE", "gpu-box")
+    assert env.node_name(tmp_path) == "gpu-box"
