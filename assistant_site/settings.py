@@ -61,6 +61,7 @@ CELERY_BROKER_URL = _EXTERNAL_REDIS or f"redis+socket://{_EMBEDDED}?virtual_host
 
 INSTALLED_APPS = [
     "servestatic.runserver_nostatic",
+    "models_app",  # before unfold: it overrides a template of it
     "unfold",
     "unfold.contrib.filters",
     "unfold.contrib.forms",
@@ -75,7 +76,6 @@ INSTALLED_APPS = [
     "drf_spectacular",
     "drf_spectacular_sidecar",
     "assistant_site",
-    "models_app",
     "gateway_app",
 ]
 

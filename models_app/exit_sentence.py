@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from dataclasses import dataclass
 
@@ -48,7 +49,14 @@ def _by_signal(number: int, oom_kills: int) -> str:
     return f"The engine was ended by {name}."
 
 
+# llama.cpp's log lines: time since the start, level, component, function, text.
+_ERROR_LINE = re.compile(r"^[\d.]+ E (?:\w+\s+)?(?:\S+: )?(?P<text>.+)$")
+
+
 def _by_code(code: int, lines: list[str]) -> str:
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-    tail = f": {last[:300]}" if last else " without a word."
+    """The loader's own error says why, what stands around it only that it was given up; without any error, the last line."""
+    errors = list(filter(None, map(_ERROR_LINE.match, lines)))
+    found = next((error for error in errors if error["text"].startswith("error loading model")), errors[0] if errors else None)
+    said = found["text"].strip() if found else next((line.strip() for line in reversed(lines) if line.strip()), "")
+    tail = f": {said[:300]}" if said else " without a word."
     return f"The engine ended with exit code {code}{tail}"
