@@ -48,7 +48,7 @@ def parse(arguments: Sequence[str]) -> Options:
     parser.add_argument("--server", choices=(*SERVERS, "both"), default="both", help="which server the gateway runs on (both)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--serve", action="store_true", help="measure nothing: start everything, say where, wait for Ctrl-C")
-    parser.add_argument("--port", type=int, help="the first of five consecutive ports to use; free ones by default")
+    parser.add_argument("--port", type=int, help="the first of four consecutive ports to use; free ones by default")
     parser.add_argument("--upstream", metavar="URL", help="with --serve: an engine's base URL, in the place of our stand-in")
     given = parser.parse_args(arguments)
     if given.upstream and not given.serve:
