@@ -12,6 +12,9 @@ from models_app.models import Instance, ModelConfig, State
 from models_app.models.model_config import ModelConfigQuerySet
 
 
+NOWHERE = "No node has taken it yet. If this stays: is a worker running, and is any node neither silent nor cordoned?"
+
+
 class Condition(enum.StrEnum):
     """READY: as many as wanted. DEGRADED: some. FAILED: none, and one says why. IDLE: none wanted now, starts on demand."""
 
@@ -26,7 +29,7 @@ class Condition(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ModelStatus:
-    """ready and desired count processes; reason is the sentence of the failed instance, empty where none failed."""
+    """ready and desired count processes; reason is the sentence of the failed instance, or why nothing is tried; else empty."""
 
     condition: Condition
     ready: int
@@ -68,4 +71,5 @@ def judge(enabled: bool, min_replicas: int, instances: Iterable[Instance]) -> Mo
         condition = Condition.LOADING
     else:
         condition = Condition.IDLE
-    return ModelStatus(condition, ready, desired, failed.exit_reason if failed else "", failed.pk if failed and enabled else None)
+    reason = failed.exit_reason if failed else NOWHERE if condition == Condition.LOADING and not instances else ""
+    return ModelStatus(condition, ready, desired, reason, failed.pk if failed and enabled else None)

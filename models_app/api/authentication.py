@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import timedelta
 
 from django.contrib.auth.models import User
+from django.db import OperationalError
 from django.utils import timezone
 from rest_framework.authentication import BaseAuthentication
 from rest_framework.exceptions import AuthenticationFailed
@@ -44,7 +46,8 @@ class KeyAuthentication(BaseAuthentication):
 
     @staticmethod
     def _note_use(key: APIKey) -> None:
-        """At most one write a minute and key."""
+        """At most one write a minute and key. A database that is locked just now is no reason to refuse a read."""
         now = timezone.now()
         if key.last_used_at is None or now - key.last_used_at > LAST_USED_EVERY:
-            APIKey.objects.filter(pk=key.pk).update(last_used_at=now)
+            with suppress(OperationalError):
+                APIKey.objects.filter(pk=key.pk).update(last_used_at=now)

@@ -42,3 +42,9 @@ def test_the_reason_and_the_instance_of_a_failure_are_told() -> None:
 def test_a_disabled_model_wants_nothing() -> None:
     status = judge(False, 3, some(State.FAILED))
     assert (status.desired, status.failed_instance) == (0, None)
+
+
+def test_a_model_that_no_node_takes_says_so() -> None:
+    assert "cordoned" in judge(True, 1, []).reason
+    assert judge(True, 1, [Instance(state=State.PENDING)]).reason == ""
+    assert judge(False, 1, []).reason == ""
