@@ -11,7 +11,6 @@ from django.db.models import Prefetch
 from models_app.models import Instance, ModelConfig, State
 from models_app.models.model_config import ModelConfigQuerySet
 
-
 NOWHERE = "No node has taken it yet. If this stays: is a worker running, and is any node neither silent nor cordoned?"
 
 
