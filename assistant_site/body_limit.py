@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import secrets
 
 from assistant_site.asgi_types import ASGIApplication, Message, Receive, Scope, Send
 from assistant_site.http_errors import JSON, error_body
 
 # How long a refused client may go on sending: one that sends everything before it reads can then read the answer.
 DISCARD_S = 2.0
+_OWN_ID = re.compile(rb"[A-Za-z0-9_.-]{1,64}")
 
 
 class BodyLimit:
@@ -26,10 +29,10 @@ class BodyLimit:
         if scope["type"] == "http":
             length, chunked = _framing(scope)
             if length > self._limit:
-                await _refuse(self._limit, receive, send)
+                await _refuse(self._limit, scope, receive, send)
                 return
             if chunked:
-                await _Counted(self._limit, receive, send).run(self._application, scope)
+                await _Counted(self._limit, scope, receive, send).run(self._application)
                 return
         await self._application(scope, receive, send)
 
@@ -47,16 +50,17 @@ def _framing(scope: Scope) -> tuple[int, bool]:
 class _Counted:
     """One request whose length shows only as it arrives."""
 
-    def __init__(self, limit: int, receive: Receive, send: Send) -> None:
+    def __init__(self, limit: int, scope: Scope, receive: Receive, send: Send) -> None:
         self._limit = limit
+        self._scope = scope
         self._receive = receive
         self._send = send
         self._size = 0
         self._started = False
         self._refused = False
 
-    async def run(self, application: ASGIApplication, scope: Scope) -> None:
-        await application(scope, self.receive, self.send)
+    async def run(self, application: ASGIApplication) -> None:
+        await application(self._scope, self.receive, self.send)
         if self._refused and not self._started:
             await _finish_refusal(self._receive, self._send)
 
@@ -69,7 +73,7 @@ class _Counted:
             return message
         self._refused = True
         if not self._started:
-            await _begin_refusal(self._limit, self._send)
+            await _begin_refusal(self._limit, self._scope, self._send)
         return {"type": "http.disconnect"}
 
     async def send(self, message: Message) -> None:
@@ -79,17 +83,25 @@ class _Counted:
         await self._send(message)
 
 
-async def _refuse(limit: int, receive: Receive, send: Send) -> None:
-    await _begin_refusal(limit, send)
+async def _refuse(limit: int, scope: Scope, receive: Receive, send: Send) -> None:
+    await _begin_refusal(limit, scope, send)
     await _finish_refusal(receive, send)
 
 
-async def _begin_refusal(limit: int, send: Send) -> None:
+async def _begin_refusal(limit: int, scope: Scope, send: Send) -> None:
     """The whole answer goes out now; only its formal end waits for _finish_refusal."""
     body = error_body(413, f"The request body is larger than {limit} bytes.", "request_too_large")
-    headers = [(b"content-type", JSON), (b"content-length", b"%d" % len(body)), (b"connection", b"close")]
+    headers = [(b"content-type", JSON), (b"content-length", b"%d" % len(body)), (b"connection", b"close"), _request_id(scope)]
     await send({"type": "http.response.start", "status": 413, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+def _request_id(scope: Scope) -> tuple[bytes, bytes]:
+    """As every other answer has it: the client's own if it is a sane one, else one of ours."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _OWN_ID.fullmatch(value):
+            return name, value
+    return b"x-request-id", b"req-" + secrets.token_hex(12).encode("ascii")
 
 
 async def _finish_refusal(receive: Receive, send: Send) -> None:

@@ -46,6 +46,7 @@ class Exchange:
         "_expects_continue",
         "_head",
         "_left",
+        "_overdue",
         "_scope",
         "_started",
         "_status",
@@ -68,6 +69,7 @@ class Exchange:
         self._end_told = False
         self._waiting: list[asyncio.Future[None]] = []
         self._task: asyncio.Task[None] | None = None
+        self._overdue: asyncio.TimerHandle | None = None
         self._started = False
         self._status = 0
         self._head: list[bytes] | None = None  # header lines until the framing is known and they are written
@@ -108,7 +110,7 @@ class Exchange:
         self.gone = True
         self._wake()
         if self._task is not None and not self._task.done():
-            self._channel.server.loop.call_later(APPLICATION_CLOSE_S, self._cancel_overdue)
+            self._overdue = self._channel.server.loop.call_later(APPLICATION_CLOSE_S, self._cancel_overdue)
 
     def _cancel_overdue(self) -> None:
         if self._task is not None and self._task.cancel():
@@ -264,6 +266,9 @@ class Exchange:
     def _ended(self, task: asyncio.Task[None]) -> None:
         """The application returned, failed or was cancelled; an answer it owes is given or cut off visibly."""
         self._channel.server.task_ended(task)
+        if self._overdue is not None:  # it would keep all of this exchange alive
+            self._overdue.cancel()
+            self._overdue = None
         error = None if task.cancelled() else task.exception()
         if isinstance(error, ConnectionAbortedError):  # how an application says that it cannot complete what it began
             logger.warning("%s %s was cut off: %s", self._scope["method"], self._scope["path"], error)

@@ -16,14 +16,16 @@ from twisted.internet.protocol import Protocol
 
 from assistant_site import http_errors
 from assistant_site.daphne_exchange import Exchange
+from assistant_site.hang_up import hung_up
 from assistant_site.http_scope import believe_forwarded, http_scope
+from assistant_site.request_parser import RequestParser, head_without_upgrade
 
 if TYPE_CHECKING:
     from assistant_site.daphne_server import DaphneServer
 
 logger = logging.getLogger(__name__)
 
-MAX_HEAD = 64 * 1024  # bytes of request line and headers
+MAX_HEAD = 64 * 1024  # bytes of request line and headers; also of any stretch of a body in which nothing of the body comes
 FOREVER = float("inf")
 
 
@@ -48,16 +50,12 @@ class Channel(Protocol):  # type: ignore[misc]  # Twisted is untyped here
         # Exchanges in order, the first one running; bytes stand for a refusal that ends the connection.
         self._queue: deque[Exchange | bytes] = deque()
         self._incoming: Exchange | None = None
-        self._parser = self._new_parser()
+        self._parser: Any = RequestParser(self)
         self._in_head = False
         self._raw_head_size = 0
+        self._quiet = 0  # bytes since something of a body came: chunk extensions and trailers
         self._upgrading = False
-
-    def _new_parser(self) -> Any:
-        parser = httptools.HttpRequestParser(self)
-        # Bytes after a request that said "close" are ignored here, not an error to answer in the middle of its answer.
-        parser.set_dangerous_leniencies(lenient_data_after_close=True)
-        return parser
+        self._declined = False
 
     # Twisted's side
 
@@ -84,6 +82,7 @@ class Channel(Protocol):  # type: ignore[misc]  # Twisted is untyped here
     def dataReceived(self, data: bytes) -> None:
         if self._deaf:
             return
+        self._quiet += len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -102,8 +101,11 @@ class Channel(Protocol):  # type: ignore[misc]  # Twisted is untyped here
             self._raw_head_size += size
             if self._raw_head_size > MAX_HEAD:
                 self._refuse(http_errors.head_too_large(MAX_HEAD))
-        elif self._incoming is not None and self._reading:
-            self.deadline = self.server.clock + self.server.deadlines.body
+        elif self._incoming is not None:
+            if self._quiet > MAX_HEAD:
+                self._refuse(http_errors.head_too_large(MAX_HEAD))
+            elif self._reading:
+                self.deadline = self.server.clock + self.server.deadlines.body
 
     # The parser's side
 
@@ -122,6 +124,8 @@ class Channel(Protocol):  # type: ignore[misc]  # Twisted is untyped here
         self._target += target
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._in_head:  # a trailer, for which ASGI has no place
+            return
         name = name.lower()
         self._head_size += len(name) + len(value)
         if b"_" in name:  # would collide with the same name with hyphens in CGI-style variables
@@ -139,11 +143,12 @@ class Channel(Protocol):  # type: ignore[misc]  # Twisted is untyped here
         if self._head_size > MAX_HEAD:
             self._refuse(http_errors.head_too_large(MAX_HEAD))
             return
-        upgrade = self._parser.should_upgrade()
-        if upgrade and self._upgrade == b"websocket" and not self._queue:
-            self._upgrading = True
-            return
+        self._quiet = 0
         method, version = self._parser.get_method().decode("ascii"), self._parser.get_http_version()
+        if self._parser.should_upgrade() and method != "CONNECT":
+            self._upgrading = method == "GET" and self._upgrade == b"websocket" and not self._queue
+            self._declined = not self._upgrading
+            return
         scope = http_scope(method, version, self._target, self._headers)
         if scope is None:
             self._refuse(http_errors.bad_request())
@@ -154,7 +159,7 @@ class Channel(Protocol):  # type: ignore[misc]  # Twisted is untyped here
         exchange = Exchange(
             self,
             scope,
-            keep_alive=version == "1.1" and not upgrade and self._parser.should_keep_alive(),
+            keep_alive=version == "1.1" and self._parser.should_keep_alive(),
             expects_continue=self._expect == b"100-continue",
         )
         self._incoming = exchange
@@ -164,7 +169,12 @@ class Channel(Protocol):  # type: ignore[misc]  # Twisted is untyped here
         else:  # pipelined: no further bytes until its turn comes
             self.pause_reading()
 
+    def declined_upgrade(self) -> bytes | None:
+        declined, self._declined = self._declined, False
+        return head_without_upgrade(self._parser, self._target, self._headers) if declined else None
+
     def on_body(self, data: bytes) -> None:
+        self._quiet = 0
         if self._incoming is not None:
             self._incoming.feed(data)
 
@@ -271,6 +281,11 @@ class Channel(Protocol):  # type: ignore[misc]  # Twisted is untyped here
             self.abort()
         else:
             self._close()
+
+    def look_for_hang_up(self) -> None:
+        """While nothing is read, as with requests waiting behind the running one, no event tells that the client has gone."""
+        if not self._reading and not self._closing and hung_up(self.transport.getHandle().fileno()):
+            self.abort()
 
     def _unsent_now(self) -> int:
         """Bytes the transport still holds."""

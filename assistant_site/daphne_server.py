@@ -28,7 +28,7 @@ from assistant_site.deadlines import Deadlines
 logger = logging.getLogger(__name__)
 
 BACKLOG = 2048  # connections the kernel holds for us
-SWEEP_S = 1.0  # between two looks at deadlines
+SWEEP_S = 1.0  # between two looks at deadlines and for clients that have gone
 END_S = 2.0  # for cancelled applications to clean up and for connections to close
 
 
@@ -98,6 +98,8 @@ class DaphneServer(Server):  # type: ignore[misc]  # Daphne is untyped
         for channel in list(self.channels):
             if channel.deadline < now or channel.stall_deadline < now:
                 channel.expire()
+            else:
+                channel.look_for_hang_up()
         for protocol in list(self.connections):
             protocol.check_timeouts()
         self._sweeper = self.loop.call_later(SWEEP_S, self._sweep)

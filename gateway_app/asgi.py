@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
 
@@ -14,8 +13,6 @@ from gateway_app.endpoints.models import Models
 from gateway_app.endpoints.readiness import Readiness, healthz
 from gateway_app.endpoints.relay import StreamAborted
 from models_app.contracts.traits import CHAT, COMPLETIONS
-
-logger = logging.getLogger(__name__)
 
 ASGIApplication = Callable[[Scope, Receive, Send], Awaitable[None]]
 Handler = Callable[[Request], Awaitable[None]]
@@ -53,8 +50,8 @@ class Entry:
         except ClientGone:
             return
         except StreamAborted as reason:
-            # To return with an answer unfinished is how an application tells the server to cut the connection.
-            logger.info("%s was cut off: %s", request.id, reason)
+            # Our servers cut the connection, and log this as what it is: no fault of the application.
+            raise ConnectionAbortedError(f"{request.id}: {reason}") from None
 
     async def _dispatch(self, request: Request, route: tuple[str, Handler] | None) -> None:
         if route is None:

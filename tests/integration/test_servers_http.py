@@ -39,6 +39,7 @@ def test_a_body_over_the_limit_by_content_length_is_refused_before_it_is_sent(co
     answer = read_until(connection, b"}}")
 
     assert status_of(answer) == 413
+    assert b"x-request-id: req-" in answer
     assert json_of(answer)["error"] == {
         "message": f"The request body is larger than {LIMIT} bytes.",
         "type": "invalid_request_error",
@@ -102,13 +103,46 @@ def test_bad_framing_is_answered_with_a_json_400(connection: socket.socket, garb
     assert json_of(answer)["error"]["type"] == "invalid_request_error"
 
 
-def test_over_long_headers_are_answered_with_a_json_431(connection: socket.socket) -> None:
-    connection.sendall(b"GET / HTTP/1.1\r\nhost: t\r\nx-long: " + b"x" * 150_000)
+@pytest.mark.parametrize("end", [b"", b"\r\n\r\n"], ids=["unfinished", "whole"])
+def test_over_long_headers_are_answered_with_a_json_431(connection: socket.socket, end: bytes) -> None:
+    connection.sendall(b"GET / HTTP/1.1\r\nhost: t\r\nx-long: " + b"x" * 150_000 + end)
 
     answer = read_all(connection)
 
     assert status_of(answer) == 431
     assert json_of(answer)["error"]["code"] == "request_headers_too_large"
+
+
+@pytest.mark.parametrize(
+    "flood", [b"0\r\nx-long: " + b"x" * 300_000, b"0\r\n" + b"x: y\r\n" * 60_000], ids=["one trailer", "many trailers"]
+)
+def test_trailers_without_end_are_refused(server: Served, connection: socket.socket, flood: bytes) -> None:
+    connection.sendall(b"POST /echo HTTP/1.1\r\nhost: t\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n" + flood)
+
+    read_all(connection)  # returns because the server gives the connection up
+
+    assert server.get("/await/disconnect") is None
+
+
+def test_a_trailer_is_no_header(connection: socket.socket) -> None:
+    connection.sendall(b"POST /echo HTTP/1.1\r\nhost: t\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n0\r\nx-late: 1\r\n\r\n")
+
+    answer = json_of(read_until(connection, b"}"))
+
+    assert (answer["length"], dict(answer["headers"]).get("x-late")) == (1, None)
+
+
+@pytest.mark.parametrize(
+    "framing", [b"content-length: 5\r\n\r\nhello", b"transfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"]
+)
+@pytest.mark.parametrize("offer", [b"h2c", b"websocket"])
+def test_a_body_arrives_also_beside_an_offer_to_upgrade(connection: socket.socket, framing: bytes, offer: bytes) -> None:
+    head = b"POST /echo HTTP/1.1\r\nhost: t\r\nconnection: upgrade\r\nupgrade: %b\r\n" % offer
+    connection.sendall((head + framing) * 2)
+
+    answers = read_until(connection, b"}", 2)
+
+    assert answers.count(b'"body": "hello"') == 2
 
 
 def test_a_failure_before_the_answer_is_a_500(server: Served, connection: socket.socket) -> None:
@@ -156,6 +190,21 @@ def test_each_piece_of_a_stream_leaves_at_once(server: Served, connection: socke
 def test_a_hang_up_is_delivered_at_once(server: Served, connection: socket.socket, path: str) -> None:
     connection.sendall(f"GET {path} HTTP/1.1\r\nhost: t\r\n\r\n".encode())
     server.get("/await/begun")
+
+    connection.close()
+
+    assert server.get("/await/disconnect") is None
+
+
+@pytest.mark.parametrize("path", ["/endless", "/silent"])
+@pytest.mark.parametrize("before", [2, 1], ids=["together", "later"])
+def test_a_hang_up_behind_pipelined_requests_is_delivered(
+    server: Served, connection: socket.socket, path: str, before: int
+) -> None:
+    request = f"GET {path} HTTP/1.1\r\nhost: t\r\n\r\n".encode()
+    connection.sendall(request * before)
+    server.get("/await/begun")
+    connection.sendall(request * (3 - before))
 
     connection.close()
 

@@ -64,6 +64,7 @@ def test_a_stream_that_goes_on_is_cut_visibly_when_the_drain_is_over(kind: str) 
         assert not read_all(connection).endswith(b"0\r\n\r\n")
         assert process.wait() == 0
     assert any("service: stopped" in line for line in process.log)
+    assert not any("Traceback" in line or "ERROR" in line for line in process.log)
 
 
 @both
