@@ -20,6 +20,7 @@ INSUFFICIENT_QUOTA: Final = "insufficient_quota"
 
 _CHALLENGE: Final[Headers] = ((b"www-authenticate", b"Bearer"),)
 _NEVER_RETRY: Final[Headers] = ((b"x-should-retry", b"false"),)
+_REPEATED = 2000  # characters of an engine's refusal repeated to the caller
 _SHOWN = 200  # characters of a caller's own text repeated in a message
 
 _dumps = json.JSONEncoder(ensure_ascii=True).encode
@@ -235,8 +236,9 @@ def from_engine(status: int, error: object) -> ApiError:
     """
     fields: Mapping[Any, Any] = error if isinstance(error, Mapping) else {}
     message = fields.get("message", error)
-    if not isinstance(message, str):
+    if not isinstance(message, str) or message.lstrip().startswith("<"):  # a page of a proxy is not the engine's word
         message = ""
+    message = message[:_REPEATED]
     code, kind = fields.get("code"), fields.get("type")
     if status < 400 and isinstance(code, int) and not isinstance(code, bool):
         status = code

@@ -16,6 +16,8 @@ from gateway_app.event_shape import MAX_EVENT, EventShape, brings_text, learn_sh
 from gateway_app.json_spans import document
 
 _CONTENT_NAMES: Final = ("content", "reasoning_content", "tool_calls", "reasoning", "refusal", "function_call")
+_DONE: Final = b"data: [DONE]"
+_LAST: Final = _DONE + b"\r\n\r\n"
 _LESSONS: Final = 4  # events whose shape is learnt before a learnt shape has proved useful
 
 
@@ -45,15 +47,15 @@ def splice_model(body: bytes, name: str) -> bytes:
 
 
 def read_usage(body: bytes) -> tuple[Usage | None, str | None]:
-    """Usage and the first finish_reason of a whole JSON answer; None for what it does not say."""
+    """Usage and the first finish_reason of a whole answer; None for what it does not say. Raises ValueError if it is none."""
     try:
         top = json.loads(body)
-    except (ValueError, RecursionError):
-        return None, None
-    if not isinstance(top, dict):
-        return None, None
-    choices = top.get("choices")
-    reasons = [_finish_reason(choice) for choice in choices] if isinstance(choices, list) else []
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    choices = top.get("choices") if isinstance(top, dict) else None
+    if not isinstance(choices, list):
+        raise ValueError("not an object with choices")  # noqa: TRY004  # one error for whatever is no answer
+    reasons = [_finish_reason(choice) for choice in choices]
     return _usage(top.get("usage")), next((reason for reason in reasons if reason), None)
 
 
@@ -85,6 +87,7 @@ class StreamScanner:
         self._name = json.dumps(client_model).encode("ascii")
         self._keep_usage = keep_usage
         self._held = bytearray()  # the beginning of an event that has not ended; at most MAX_EVENT
+        self._end = b""  # of what passed unseen
         self._roles: set[int] = set()  # choices that have had a role
         self._shape: EventShape | None = None
         self._lessons = _LESSONS
@@ -92,6 +95,7 @@ class StreamScanner:
     def feed(self, data: bytes) -> bytes:
         """What to relay now that these bytes have come; b"" while an event is incomplete."""
         if self.overflowed:
+            self._end = (self._end + data)[-len(_LAST) :]
             return data
         if self.error is not None:
             return b""
@@ -107,6 +111,7 @@ class StreamScanner:
 
     def finish(self) -> bytes:
         """What to relay when the upstream has ended properly: a last event that lacks its blank line."""
+        self.done = self.done or _DONE in self._end
         data = bytes(self._held)
         self._held.clear()
         return self._read(data) if data and self.error is None else b""
@@ -141,6 +146,7 @@ class StreamScanner:
         """Give up looking: everything from here on passes as it is, and nobody may wait for what we would have seen."""
         self.overflowed = self.saw_event = self.saw_content = True
         relayed = b"".join((*out, self._held, rest))
+        self._end = relayed[-len(_LAST) :]
         self._held.clear()
         return relayed
 

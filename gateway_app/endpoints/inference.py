@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 TRIES = 3
 MAX_ANSWER = 64 * 1024 * 1024  # bytes of a plain answer
 MAX_ERROR = 64 * 1024  # bytes of an engine's error that are read
+MAX_COMMENTS = 64 * 1024  # bytes of comments before the first event that are kept for the client
 _DONE = b"data: [DONE]\n\n"
 _ELSEWHERE = frozenset({429, 500, 502, 503, 504})  # of a backend that another one may not have
 _ACCEPT_JSON = (b"accept", b"application/json")
@@ -188,11 +189,12 @@ class Inference:
             raise errors.upstream_error() from None
         now = time.monotonic()
         exchange.saw_bytes(now)
-        if b'"choices"' not in body:
-            raise errors.from_engine(200, _error_member(body))
+        try:
+            exchange.outcome.usage, finish_reason = read_usage(body)
+        except ValueError:  # an error, a page, a stream, half an answer
+            raise errors.from_engine(200, _error_member(body)) from None
         exchange.begun = True
         exchange.first_at = now
-        exchange.outcome.usage, finish_reason = read_usage(body)
         exchange.interruption.close()
         await exchange.request.answer(_named(body, exchange.call.model))
         exchange.completed(finish_reason)
@@ -248,6 +250,8 @@ async def _first_event(scanner: StreamScanner, chunks: AsyncGenerator[bytes, Non
         held += scanner.feed(data)
         if scanner.saw_event:
             break
+        if len(held) > MAX_COMMENTS:
+            held = b""
     else:
         held += scanner.finish()
     if scanner.error is not None and b"data:" not in held:  # comments are no answer

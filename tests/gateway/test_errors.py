@@ -145,6 +145,10 @@ def test_other_words_for_a_prompt_that_does_not_fit_are_understood(said: dict[st
     assert errors.from_engine(500, said).code == "context_length_exceeded"
 
 
+def test_an_engines_words_are_repeated_at_bounded_length() -> None:
+    assert len(errors.from_engine(400, "no " * 20_000).message) < 5000
+
+
 def test_a_refused_request_is_told_in_the_words_of_the_engine_without_its_numeric_code() -> None:
     error = errors.from_engine(400, {"code": 400, "message": "'messages' is required", "type": INVALID, "param": "messages"})
     assert (error.status, error.message, error.code, error.param) == (400, "'messages' is required", None, "messages")

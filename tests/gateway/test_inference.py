@@ -228,6 +228,8 @@ async def test_an_endpoint_no_backend_of_the_model_has_says_which_models_do(cast
         (failure(404, "no model"), (502, "upstream_error", None)),
         (failure(500, ENGINE_SECRET), (502, "upstream_error", None)),
         (response(b"<html>", 200), (502, "upstream_error", None)),
+        (response(b'data: {"choices": []}\n\ndata: [DONE]\n\n'), (502, "upstream_error", None)),
+        (response(b"<html>" + b"x" * 5000, 400), (502, "upstream_error", None)),
         (response(b'{"error":{"message":"oops","code":500}}', 200), (502, "upstream_error", None)),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\nhalf", (502, "upstream_error", None)),
         (b"rubbish\r\n\r\n", (502, "upstream_error", None)),

@@ -533,7 +533,6 @@ def test_json_nested_too_deeply_passes_untouched() -> None:
     data = b'data: {"model":"a","x":' + b"[" * 100_000 + b"]" * 100_000 + b"}\n\n"
     assert StreamScanner(CLIENT, keep_usage=False).feed(data) == data
     assert splice_model(data[6:-2], CLIENT) == data[6:-2]
-    assert read_usage(data[6:-2]) == (None, None)
 
 
 # --- whole answers -----------------------------------------------------------------------------------------------------
@@ -567,10 +566,27 @@ def test_a_name_that_is_already_right_is_left_as_it_is_spelt() -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"[]", b'{"choices":3,"usage":[]}', b"\xff\xfe", b'{"choices":[null,{"finish_reason":1}]}']
-)
-def test_nothing_is_read_from_nonsense(body: bytes) -> None:
-    assert read_usage(body) == (None, None)
+    "body",
+    [
+        b"", b"[]", b'{"choices":3,"usage":[]}', b"\xff\xfe", b'{"usage":{}}', b'data: {"choices":[]}\n\n',
+        b'{"choices":[{"message":', b'{"choices":' + b"[" * 100_000,
+    ],
+)  # fmt: skip
+def test_what_is_no_whole_answer_is_told_apart(body: bytes) -> None:
+    with pytest.raises(ValueError, match=r"\w"):
+        read_usage(body)
+
+
+def test_nothing_is_read_from_odd_choices() -> None:
+    assert read_usage(b'{"choices":[null,{"finish_reason":1}]}') == (None, None)
+
+
+def test_a_stream_with_an_event_past_the_bound_is_still_seen_to_be_done() -> None:
+    scanner = StreamScanner("m", keep_usage=False)
+    stream = b"data: " + b"x" * (MAX_EVENT + 1) + b"\n\ndata: [DONE]\n\n"
+    relayed = b"".join(scanner.feed(stream[at : at + 60_000]) for at in range(0, len(stream), 60_000)) + scanner.finish()
+    assert relayed == stream
+    assert scanner.done
 
 
 def test_usage_and_finish_reason_of_a_whole_answer_are_read() -> None:
