@@ -52,10 +52,9 @@ class Stand:
     def start_argv(self, argv: list[str]) -> Run:
         number = len(self._runs) + 1
         folder = self._base / "1" / str(number)
-        folder.mkdir(parents=True)
-        os.mkfifo(folder / "said")
         argv = [str(folder / "said") if part == "SAID" else part for part in argv]
         runtime_folder.prepare(folder, Command(argv=argv))
+        os.mkfifo(folder / "said")
         pair = runtime_folder.spawn(folder, 1, number, {})
         assert pair is not None
         run = Run(folder, pair)
