@@ -187,14 +187,12 @@ class Inference:
         except BodyTooLarge:
             exchange.begun = True  # no other backend would say less
             raise errors.upstream_error() from None
-        now = time.monotonic()
-        exchange.saw_bytes(now)
+        exchange.saw_bytes(time.monotonic())
         try:
             exchange.outcome.usage, finish_reason = read_usage(body)
         except ValueError:  # an error, a page, a stream, half an answer
             raise errors.from_engine(200, _error_member(body)) from None
         exchange.begun = True
-        exchange.first_at = now
         exchange.interruption.close()
         await exchange.request.answer(_named(body, exchange.call.model))
         exchange.completed(finish_reason)
