@@ -41,7 +41,9 @@ class UsageEvent(models.Model):
     cached_tokens = models.PositiveIntegerField(null=True)
     completion_tokens = models.PositiveIntegerField(null=True)
     queue_ms = models.FloatField(null=True)
-    first_token_ms = models.FloatField(null=True, help_text="From receipt to a stream's first content; unknown for an answer that came whole.")
+    first_token_ms = models.FloatField(
+        null=True, help_text="From receipt to a stream's first content; unknown for an answer that came whole."
+    )
     total_ms = models.FloatField(null=True)
     gateway = models.CharField(max_length=80, blank=True)
 
