@@ -150,7 +150,8 @@ class Measuring:
         idle, console_idle = us.rss_mb(), console.rss_mb()
         basics = self.basics(server, target, us)
         relayed = self._relayed(server, replace(target, model=PACED_MODEL), us)
-        beside = self._beside(server, target, upstream, cookie)
+        with us.free_to_move():
+            beside = self._beside(server, target, upstream, cookie)
         memory = Memory(idle, us.rss_mb(), console_idle, console.rss_mb(), _requests(basics, beside))
         return Gateway(server, basics, relayed, beside, memory)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from django.core.management.base import BaseCommand, CommandError
 from assistant_site.asgi_types import Receive, Scope, Send
 from assistant_site.binding import AddressInUse, bind_unix
 from assistant_site.runner import Serving, run
+
+NICE = 10
 
 
 class Console:
@@ -32,6 +36,16 @@ class Console:
         """Nothing to stop."""
 
 
+def yield_to_the_gateway() -> None:
+    """Where both want a processor, requests come before pages.
+
+    Linux may schedule by session first (autogroup), and then a process's own nice value counts only within its session.
+    """
+    os.nice(NICE)
+    with suppress(OSError):
+        Path("/proc/self/autogroup").write_text(str(NICE))
+
+
 class Command(BaseCommand):
     help = "Serve the admin and the console pages on a private Unix socket."
 
@@ -44,6 +58,7 @@ class Command(BaseCommand):
             listener = bind_unix(path)
         except (AddressInUse, OSError) as error:
             raise CommandError(str(error)) from error
+        yield_to_the_gateway()
         serving = Serving("daphne", settings.ASSISTANT_DRAIN_S, settings.ASSISTANT_MAX_BODY, forwarded=True)
         code = run(Console(), listener, serving)
         if code:
