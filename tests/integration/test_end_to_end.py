@@ -306,6 +306,17 @@ def test_a_revoked_key_is_refused_within_a_second_without_valkey(platform: Platf
     assert refused_after(platform, key) < 1.5
 
 
+def bindable(port: int) -> bool:
+    """A dying process loses its command line a moment before its sockets; finished connections may linger in TIME_WAIT."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
 def test_a_disabled_model_stops_and_an_enabled_one_is_served_again(platform: Platform) -> None:
     key = make_key(platform, "operator")
     headers = {"authorization": f"Bearer {key}"}
@@ -314,9 +325,7 @@ def test_a_disabled_model_stops_and_an_enabled_one_is_served_again(platform: Pla
     port = row(platform, "SELECT port FROM models_app_instance WHERE state = 'READY'")[0]
     assert httpx.post(f"{url}/stop/", headers=headers).status_code in {200, 202}
     wait_until(lambda: not platform.processes("embedded_server"), 30, "the engine to be gone")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # finished connections may linger in TIME_WAIT
-        probe.bind(("127.0.0.1", port))
+    wait_until(lambda: bindable(port), 10, "its port to be free")
     assert platform.chat().status_code in {404, 503}
     assert httpx.post(f"{url}/start/", headers=headers).status_code in {200, 202}
     wait_until(lambda: platform.chat().status_code == 200, 60, "the model to be served again")
