@@ -27,8 +27,10 @@ pytestmark = [pytest.mark.platform, pytest.mark.timeout(180)]
 LONG = {"messages": [{"role": "user", "content": "Write a very long story about a lighthouse."}], "max_tokens": 1500}
 
 
-def client(platform: Platform) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{platform.base_url}/v1", api_key=platform.key, max_retries=0, timeout=60)
+@pytest.fixture
+def client(platform: Platform) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{platform.base_url}/v1", api_key=platform.key, max_retries=0, timeout=60) as opened:
+        yield opened
 
 
 def row(platform: Platform, query: str, *values: Any) -> tuple[Any, ...]:
@@ -63,8 +65,8 @@ def open_stream(platform: Platform, **body: Any) -> tuple[socket.socket, Any]:
     return sock, answer
 
 
-def test_the_openai_client_gets_the_models_own_words_with_usage(platform: Platform) -> None:
-    answer = client(platform).chat.completions.create(
+def test_the_openai_client_gets_the_models_own_words_with_usage(platform: Platform, client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
         model=MODEL, messages=[{"role": "user", "content": "What color is the sky on a clear day?"}], max_tokens=24, temperature=0
     )
     assert "sky" in (answer.choices[0].message.content or "")
@@ -74,9 +76,9 @@ def test_the_openai_client_gets_the_models_own_words_with_usage(platform: Platfo
     assert answer.usage.completion_tokens > 3
 
 
-def test_the_openai_client_streams_under_an_alias_with_usage(platform: Platform) -> None:
+def test_the_openai_client_streams_under_an_alias_with_usage(platform: Platform, client: openai.OpenAI) -> None:
     chunks = list(
-        client(platform).chat.completions.create(
+        client.chat.completions.create(
             model="demo",
             messages=[{"role": "user", "content": "What color is the sky on a clear day?"}],
             max_tokens=24,
@@ -91,23 +93,23 @@ def test_the_openai_client_streams_under_an_alias_with_usage(platform: Platform)
     assert chunks[-1].choices == []
 
 
-def test_text_completions_and_the_model_list_work(platform: Platform) -> None:
-    done = client(platform).completions.create(model=MODEL, prompt="One, two, three,", max_tokens=8, temperature=0)
+def test_text_completions_and_the_model_list_work(platform: Platform, client: openai.OpenAI) -> None:
+    done = client.completions.create(model=MODEL, prompt="One, two, three,", max_tokens=8, temperature=0)
     assert "four" in done.choices[0].text
-    assert {"demo", MODEL} <= {model.id for model in client(platform).models.list()}
-    assert client(platform).models.retrieve(MODEL).id == MODEL
+    assert {"demo", MODEL} <= {model.id for model in client.models.list()}
+    assert client.models.retrieve(MODEL).id == MODEL
 
 
-def test_wrong_requests_get_the_right_error_classes(platform: Platform) -> None:
-    wrong = openai.OpenAI(base_url=f"{platform.base_url}/v1", api_key=key_material.generate().text, max_retries=0)
+def test_wrong_requests_get_the_right_error_classes(platform: Platform, client: openai.OpenAI) -> None:
+    wrong = client.with_options(api_key=key_material.generate().text)  # shares the client's connections
     with pytest.raises(openai.AuthenticationError) as caught:
         wrong.models.list()
     assert caught.value.code == "invalid_api_key"
     with pytest.raises(openai.NotFoundError) as missing:
-        client(platform).chat.completions.create(model="nope", messages=[{"role": "user", "content": "x"}])
+        client.chat.completions.create(model="nope", messages=[{"role": "user", "content": "x"}])
     assert missing.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError):
-        client(platform).chat.completions.create(model=MODEL, messages="hello")  # type: ignore[arg-type]
+        client.chat.completions.create(model=MODEL, messages="hello")  # type: ignore[arg-type]
 
 
 def test_no_key_and_malformed_json_get_error_objects(platform: Platform) -> None:
