@@ -6,67 +6,23 @@ refused like any unknown name.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from models_app.engines.options import Number, Option, Switch, Whole, Word, check
 from models_app.exceptions import PreflightError
 
 
 @dataclass(frozen=True, slots=True)
-class Whole:
-    low: int
-    high: int
-
-    def __str__(self) -> str:
-        return f"a whole number from {self.low} to {self.high}"
-
-    def accepts(self, value: object) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and self.low <= value <= self.high
-
-
-@dataclass(frozen=True, slots=True)
-class Number:
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"a number from {self.low:g} to {self.high:g}"
-
-    def accepts(self, value: object) -> bool:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return False
-        return math.isfinite(value) and self.low <= value <= self.high
-
-
-@dataclass(frozen=True, slots=True)
-class Switch:
-    def __str__(self) -> str:
-        return "true or false"
-
-    def accepts(self, value: object) -> bool:
-        return isinstance(value, bool)
-
-
-@dataclass(frozen=True, slots=True)
-class Word:
+class Member(Word):
     """A member of one of the library's enumerations: `prefix` + the word in capitals, in `enum`."""
 
-    words: tuple[str, ...]
     enum: str
     prefix: str
 
-    def __str__(self) -> str:
-        return "one of " + ", ".join(self.words)
 
-    def accepts(self, value: object) -> bool:
-        return value in self.words
-
-
-Option = Whole | Number | Switch | Word
-
-_CACHE_TYPE = Word(("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"), "ggml_type", "GGML_TYPE_")
+_CACHE_TYPE = Member(("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"), "ggml_type", "GGML_TYPE_")
 
 # By the name of the attribute of CommonParams, `sampling.` those of its sampling defaults.
 OPTIONS: dict[str, Option] = {
@@ -74,9 +30,9 @@ OPTIONS: dict[str, Option] = {
     "cache_ram_mib": Whole(0, 1 << 20),  # prompts of idle slots kept in memory
     "cache_type_k": _CACHE_TYPE,
     "cache_type_v": _CACHE_TYPE,
-    "flash_attn_type": Word(("auto", "disabled", "enabled"), "llama_flash_attn_type", "LLAMA_FLASH_ATTN_TYPE_"),
+    "flash_attn_type": Member(("auto", "disabled", "enabled"), "llama_flash_attn_type", "LLAMA_FLASH_ATTN_TYPE_"),
     "kv_unified": Switch(),
-    "load_mode": Word(("auto", "none", "mmap", "mlock", "mmap_mlock", "direct_io"), "llama_load_mode", "LLAMA_LOAD_MODE_"),
+    "load_mode": Member(("auto", "none", "mmap", "mlock", "mmap_mlock", "direct_io"), "llama_load_mode", "LLAMA_LOAD_MODE_"),
     "main_gpu": Whole(0, 127),
     "n_cache_reuse": Whole(0, 1 << 20),
     "n_keep": Whole(-1, 1 << 20),
@@ -86,9 +42,9 @@ OPTIONS: dict[str, Option] = {
     "no_kv_offload": Switch(),
     "no_op_offload": Switch(),
     "no_perf": Switch(),
-    "numa": Word(("disabled", "distribute", "isolate", "numactl"), "ggml_numa_strategy", "GGML_NUMA_STRATEGY_"),
+    "numa": Member(("disabled", "distribute", "isolate", "numactl"), "ggml_numa_strategy", "GGML_NUMA_STRATEGY_"),
     "prefill_assistant": Switch(),
-    "reasoning_format": Word(("none", "auto", "deepseek"), "common_reasoning_format", "COMMON_REASONING_FORMAT_"),
+    "reasoning_format": Member(("none", "auto", "deepseek"), "common_reasoning_format", "COMMON_REASONING_FORMAT_"),
     "rope_freq_base": Number(0.0, 1e9),
     "rope_freq_scale": Number(0.0, 1e6),
     "sampling.min_p": Number(0.0, 1.0),
@@ -100,7 +56,7 @@ OPTIONS: dict[str, Option] = {
     "sampling.top_k": Whole(0, 1 << 20),
     "sampling.top_p": Number(0.0, 1.0),
     "slot_prompt_similarity": Number(0.0, 1.0),
-    "split_mode": Word(("none", "layer", "row"), "llama_split_mode", "LLAMA_SPLIT_MODE_"),
+    "split_mode": Member(("none", "layer", "row"), "llama_split_mode", "LLAMA_SPLIT_MODE_"),
     "sse_ping_interval": Whole(1, 3600),  # seconds
     "swa_full": Switch(),
     "verbosity": Whole(0, 5),
@@ -120,12 +76,7 @@ TEMPLATES = frozenset({
 
 def check_options(values: Mapping[str, Any]) -> None:
     """Raise PreflightError naming the first option that is refused, unknown or out of range, and what is allowed."""
-    for name, value in values.items():
-        option = OPTIONS.get(name)
-        if option is None:
-            raise PreflightError(f"extra_args: “{name}” is not an allowed setting; allowed are: {', '.join(OPTIONS)}.")
-        if not option.accepts(value):
-            raise PreflightError(f"extra_args: “{name}” must be {option}, not {value!r}.")
+    check(OPTIONS, values)
 
 
 def check_template(name: str) -> None:
@@ -142,6 +93,6 @@ def as_attributes(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _attribute(option: Option, value: Any) -> Any:
-    if isinstance(option, Word):
+    if isinstance(option, Member):
         return {"enum": option.enum, "member": option.prefix + str(value).upper()}
     return float(value) if isinstance(option, Number) else value
