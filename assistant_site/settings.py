@@ -37,6 +37,15 @@ ASSISTANT_SPOOL_DIR = ASSISTANT_HOME / "spool"
 ASSISTANT_INSTANCES_DIR = ASSISTANT_HOME / "instances"
 ASSISTANT_LOG_DIR = ASSISTANT_HOME / "logs"
 
+# Engines that are not Python packages: programs are looked up on PATH unless absolute.
+ASSISTANT_WASMEDGE = env.text("ASSISTANT_WASMEDGE", "wasmedge")
+ASSISTANT_WASM_FILE = Path(env.text("ASSISTANT_WASM_FILE", str(ASSISTANT_HOME / "engines" / "llama-api-server.wasm"))).absolute()
+ASSISTANT_WASM_URL = env.text(
+    "ASSISTANT_WASM_URL", "https://github.com/LlamaEdge/LlamaEdge/releases/download/0.28.0/llama-api-server.wasm"
+)
+ASSISTANT_WASM_SHA256 = env.text("ASSISTANT_WASM_SHA256", "")  # of that release's file; nothing unpinned is run
+ASSISTANT_LLAMA_SERVER = env.text("ASSISTANT_LLAMA_SERVER", "llama-server")
+
 ASSISTANT_ENGINE_PORTS = (20000, 29999)  # loopback ports of engines; below the kernel's ephemeral range
 ASSISTANT_ENGINE_DRAIN_S = 30  # seconds a stopping engine's requests get to end
 ASSISTANT_ENGINE_TERM_S = 5  # seconds between TERM and KILL

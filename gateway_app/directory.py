@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from gateway_app.routing.backends import Backend, Header, Model, Offer
 from gateway_app.upstream.origin import Origin
-from models_app.contracts.traits import TRAITS, EngineTraits
+from models_app.contracts.traits import TRAITS, EngineTraits, endpoints_of
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +32,13 @@ Backends = MutableMapping[Hashable, Backend]
 
 @dataclass(frozen=True, slots=True)
 class ModelRow:
-    """A ModelConfig. created: Unix seconds."""
+    """A ModelConfig. roles and parts: see contracts/traits.py. created: Unix seconds."""
 
     id: int
     name: str
     engine: str
+    roles: tuple[str, ...]
+    parts: tuple[str, ...]
     enabled: bool
     created: int
 
@@ -57,6 +59,7 @@ class InstanceRow:
     id: int
     model_id: int | None
     model_name: str
+    part: str
     engine: str
     state: str
     generation: int
@@ -109,7 +112,8 @@ def assemble(rows: Rows, known: Backends) -> Directory:
     local: dict[int, list[Offer]] = {}
     for instance in rows.instances.values():
         if instance.state == READY and instance.port is not None and instance.model_id is not None:
-            backend = _instance_backend(instance, known)
+            model = rows.models.get(instance.model_id)
+            backend = _instance_backend(instance, model.roles if model else (), known)
             backends[backend.ident] = backend
             local.setdefault(instance.model_id, []).append(Offer(backend, instance.model_name))
     remote: dict[str, list[Offer]] = {}
@@ -142,7 +146,8 @@ def _models(
         if row.enabled:
             elsewhere = remote.get(row.name, [])
             offers = _by_endpoint([*local.get(row.id, ()), *elsewhere])
-            endpoints = TRAITS.get(row.engine, _NO_TRAITS).endpoints | frozenset(offers)
+            served = frozenset().union(*(endpoints_of(part, row.roles) for part in row.parts))
+            endpoints = (TRAITS.get(row.engine, _NO_TRAITS).endpoints & served) | frozenset(offers)
             failure = None if elsewhere else failures.get(row.id)
             models[row.name] = Model(row.name, row.created, endpoints, offers, local=True, failure=failure)
     configured = {row.name for row in rows.models.values()}
@@ -170,15 +175,16 @@ def _by_endpoint(offers: list[Offer]) -> dict[str, tuple[Offer, ...]]:
     return {path: tuple(offer for offer in offers if path in offer.backend.targets) for path in endpoints}
 
 
-def _instance_backend(row: InstanceRow, known: Backends) -> Backend:
-    ident = ("instance", row.id, row.generation, row.address, row.port)
+def _instance_backend(row: InstanceRow, roles: tuple[str, ...], known: Backends) -> Backend:
+    endpoints = TRAITS.get(row.engine, _NO_TRAITS).endpoints & endpoints_of(row.part, roles)
+    ident = ("instance", row.id, row.generation, row.address, row.port, endpoints)
     backend = known.get(ident)
     if backend is None:
         backend = known[ident] = Backend(
             name=f"instance:{row.id}:{row.generation}",
             ident=ident,
             origin=Origin(host=row.address, port=row.port or 0, tls=False, server_hostname=None),
-            targets={path: path.encode() for path in TRAITS.get(row.engine, _NO_TRAITS).endpoints},
+            targets={path: path.encode() for path in endpoints},
             headers=_headers(row.secret),
             instance=(row.id, row.generation),
             allowed=False,  # until the control link holds its use key

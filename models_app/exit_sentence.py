@@ -18,6 +18,8 @@ class Exit:
     code: int | None = None
     signal: int | None = None
     peak_memory_bytes: int | None = None
+    diagnosis: str = ""
+    remedy: str = ""
 
 
 def from_record(record: ExitRecord) -> Exit:

@@ -37,6 +37,7 @@ class Claim:
     port: int
     sealed_secret: str
     digest: str
+    launch: dict[str, Any]
     model_name: str
     engine: str
     slots: int
@@ -73,10 +74,16 @@ def _update(instance: Instance, changes: dict[str, Any]) -> None:
     transaction.on_commit(coordination.publish_revision)
 
 
-def create(model: ModelConfig, node: Node) -> Instance:
+def create(model: ModelConfig, node: Node, part: str) -> Instance:
     """A replica that waits to be started: PENDING."""
     instance = Instance.objects.create(
-        model=model, model_name=model.name, node=node, engine=model.engine, slots=model.slots, ctx_size=model.ctx_size
+        model=model,
+        model_name=model.name,
+        part=part,
+        node=node,
+        engine=model.engine,
+        slots=model.slots,
+        ctx_size=model.ctx_size,
     )
     transaction.on_commit(coordination.publish_revision)
     return instance
@@ -95,6 +102,7 @@ def starting(instance: Instance, claim: Claim) -> None:
         port=claim.port,
         engine_secret=claim.sealed_secret,
         launch_digest=claim.digest,
+        launch=claim.launch,
         model_name=claim.model_name,
         engine=claim.engine,
         slots=claim.slots,
@@ -112,6 +120,8 @@ def starting(instance: Instance, claim: Claim) -> None:
         exit_signal=None,
         exited_at=None,
         peak_memory_bytes=None,
+        hold="",
+        hold_reason="",
     )
 
 
@@ -131,7 +141,7 @@ def spawned(instance: Instance, engine: ProcessIdentity, shim: ProcessIdentity) 
 
 def ready(instance: Instance) -> None:
     """STARTING → READY: the right process answers on the right port."""
-    _move(instance, (State.STARTING,), State.READY, ready_at=timezone.now(), exit_reason="", exit_log="")
+    _move(instance, (State.STARTING,), State.READY, ready_at=timezone.now(), exit_reason="", exit_log="", diagnosis="")
 
 
 def draining(instance: Instance) -> None:
@@ -177,6 +187,7 @@ def refused(instance: Instance, reason: str, digest: str) -> None:
         next_attempt_at=next_attempt,
         launch_digest=digest,
         exit_reason=reason,
+        diagnosis="preflight",
         exit_log="",
         exit_code=None,
         exit_signal=None,
@@ -197,6 +208,7 @@ def _exit_fields(end: Exit) -> dict[str, Any]:
     return {
         "exit_reason": end.reason,
         "exit_log": end.log,
+        "diagnosis": end.diagnosis,
         "exit_code": end.code,
         "exit_signal": end.signal,
         "exited_at": timezone.now(),

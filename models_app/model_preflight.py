@@ -6,8 +6,7 @@ from collections.abc import Collection
 
 from django.core.exceptions import NON_FIELD_ERRORS, ValidationError
 
-from models_app import launch_spec, model_rules
-from models_app.engines import registry
+from models_app import engine_access, launch_spec, model_rules
 from models_app.exceptions import PathNotAllowed, PreflightError
 from models_app.models import ModelConfig
 
@@ -15,14 +14,16 @@ from models_app.models import ModelConfig
 def check_model(model: ModelConfig, changed: Collection[str]) -> None:
     """Raise ValidationError with a dict by field name. Only what a change of these fields can break is looked at."""
     model_rules.check_model(model, changed)
-    if not set(launch_spec.LAUNCH_FIELDS).intersection(changed):
+    if not {"one_process", *launch_spec.LAUNCH_FIELDS}.intersection(changed):
         return
     try:
-        spec = launch_spec.model_spec(model)
+        specs = [launch_spec.model_spec(model, part) for part in model.parts]
     except PathNotAllowed:
         return  # an unchanged path; its file may be on another node, or be gone, which the instance will say
     try:
-        registry.adapter(model.engine).preflight(spec)
+        adapter = engine_access.adapter(model.engine)
+        for spec in specs:
+            adapter.preflight(spec)
     except PreflightError as error:
         raise ValidationError({_field(model, str(error)): str(error)}) from None
 

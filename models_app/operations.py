@@ -28,10 +28,11 @@ def start_model(model: ModelConfig) -> None:
         if instance.state in _GIVEN_UP:
             lifecycle.reset(instance)
     if not live and model.min_replicas == 0:
-        node_id = reconcile.choose_node()
-        if node_id is None:
-            raise NoNode(f"No node is ready to start {model.name}; is a worker running?")
-        lifecycle.create(model, Node.objects.get(pk=node_id))
+        for part in model.parts:
+            node_id = reconcile.choose_node()
+            if node_id is None:
+                raise NoNode(f"No node is ready to start {model.name}; is a worker running?")
+            lifecycle.create(model, Node.objects.get(pk=node_id), part)
 
 
 def stop_model(model: ModelConfig) -> None:

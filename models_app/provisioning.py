@@ -16,9 +16,8 @@ from django.conf import settings
 from django.db import IntegrityError, transaction
 from django.utils import timezone
 
-from models_app import coordination, exit_sentence, launch_spec, lifecycle, ports, runtime_folder
+from models_app import coordination, engine_access, exit_sentence, launch_spec, lifecycle, ports, runtime_folder
 from models_app.contracts import secret_box
-from models_app.engines import registry
 from models_app.engines.base import EngineAdapter, Health, Launch, ModelSpec, Probe, Target
 from models_app.exceptions import CoordinationUnavailable, PreflightError, SecretUnreadable, SpawnError, StaleTransition
 from models_app.exit_sentence import Exit
@@ -76,10 +75,10 @@ def provision(instance: Instance) -> bool:
     config = instance.model
     if config is None or not config.enabled:
         return False
-    digest = launch_spec.digest(config)
+    digest = launch_spec.digest(config, instance.part)
     try:
-        adapter = registry.adapter(config.engine)
-        spec = launch_spec.model_spec(config)
+        adapter = engine_access.adapter(config.engine)
+        spec = launch_spec.model_spec(config, instance.part)
         adapter.preflight(spec)
         launch = _claim(instance, config, spec, digest)
     except PreflightError as error:
@@ -100,6 +99,7 @@ def _claim(instance: Instance, config: ModelConfig, spec: ModelSpec, digest: str
             port=ports.choose(config.port, taken, settings.ASSISTANT_ENGINE_PORTS),
             sealed_secret=secret_box.seal(settings.SECRET_KEY, secret),
             digest=digest,
+            launch=launch_spec.launch_values(config, instance.part),
             model_name=config.name,
             engine=config.engine,
             slots=spec.slots,
@@ -196,7 +196,7 @@ def probe(instance: Instance, timeout_s: float = PROBE_TIMEOUT_S) -> Probe:
     target = Target(ports.HOST, instance.port or 0, secret, instance.model_name, proven=instance.state == State.READY)
     # trust_env=False: a proxy of the environment has no business between us and loopback.
     with httpx.Client(timeout=timeout_s, trust_env=False) as client:
-        return registry.adapter(instance.engine).probe(target, client)
+        return engine_access.adapter(instance.engine).probe(target, client)
 
 
 def _give_up(instance: Instance, reason: str) -> None:

@@ -26,9 +26,10 @@ PASSES = 2
 
 @dataclass(frozen=True, slots=True)
 class Desired:
-    """One model. replicas is how many processes it shall have now, 0 where it is disabled."""
+    """One part of one model. replicas is how many processes of it there shall be now, 0 where the model is disabled."""
 
     model_id: int
+    part: str
     replicas: int
     max_replicas: int
     digest: str
@@ -41,6 +42,7 @@ class Observed:
     instance_id: int
     generation: int
     model_id: int | None
+    part: str
     node: str
     state: State
     digest: str
@@ -69,6 +71,7 @@ class Create:
     """A new PENDING instance."""
 
     model_id: int
+    part: str
     node_id: int
 
 
@@ -144,10 +147,10 @@ def plan(world: World, now: datetime) -> list[Action]:
     moving = (State.STARTING, State.DRAINING, State.STOPPING)
     actions: list[Action] = [_order("advance", one) for one in world.instances if one.state in moving]
     for model in world.models:
-        own = [one for one in world.instances if one.model_id == model.model_id]
+        own = [one for one in world.instances if (one.model_id, one.part) == (model.model_id, model.part)]
         actions += _plan_model(model, own, placement, now)
-    wanted = {model.model_id for model in world.models}
-    actions += [_end(one) for one in world.instances if one.model_id not in wanted and one.state in LIVE]
+    wanted = {(model.model_id, model.part) for model in world.models}
+    actions += [_end(one) for one in world.instances if (one.model_id, one.part) not in wanted and one.state in LIVE]
     heard = {node.name for node in world.nodes if node.heard}
     return [action for action in actions if not isinstance(action, Order) or action.node in heard]
 
@@ -183,7 +186,7 @@ def _plan_model(model: Desired, own: Sequence[Observed], placement: _Placement, 
 
 def _create(count: int, model: Desired, placement: _Placement) -> list[Action]:
     nodes = [placement.choose() for _ in range(count)]
-    return [Create(model.model_id, node.node_id) for node in nodes if node is not None]
+    return [Create(model.model_id, model.part, node.node_id) for node in nodes if node is not None]
 
 
 def _replace(model: Desired, own: Sequence[Observed], staying: Sequence[Observed], placement: _Placement) -> list[Action]:
@@ -238,17 +241,27 @@ def reconcile() -> list[Order]:
 def observe() -> World:
     """Desired and observed as they are now."""
     instances = [
-        Observed(one.pk, one.generation, one.model_id, one.node.name, State(one.state), one.launch_digest, one.next_attempt_at)
+        Observed(
+            one.pk,
+            one.generation,
+            one.model_id,
+            one.part,
+            one.node.name,
+            State(one.state),
+            one.launch_digest,
+            one.next_attempt_at,
+        )
         for one in Instance.objects.current().select_related("node").defer("exit_log", "engine_secret")
     ]
-    return World([_desired(model, instances) for model in ModelConfig.objects.enabled()], instances, observe_nodes())
+    desired = [_desired(model, part, instances) for model in ModelConfig.objects.enabled() for part in model.parts]
+    return World(desired, instances, observe_nodes())
 
 
-def _desired(model: ModelConfig, instances: Iterable[Observed]) -> Desired:
+def _desired(model: ModelConfig, part: str, instances: Iterable[Observed]) -> Desired:
     """Between minimum and maximum the number stays as it is: only demand and idleness move it."""
-    live = sum(one.model_id == model.pk and one.state in LIVE for one in instances)
+    live = sum((one.model_id, one.part) == (model.pk, part) and one.state in LIVE for one in instances)
     replicas = min(max(live, model.min_replicas), model.max_replicas)
-    return Desired(model.pk, replicas, model.max_replicas, launch_spec.digest(model))
+    return Desired(model.pk, part, replicas, model.max_replicas, launch_spec.digest(model, part))
 
 
 def observe_nodes() -> list[NodeView]:
@@ -287,7 +300,7 @@ def apply(actions: Iterable[Action]) -> list[Order]:
 
 def _write(action: Create | Reset | Drop | Drain) -> list[Order]:
     if isinstance(action, Create):
-        lifecycle.create(ModelConfig.objects.get(pk=action.model_id), Node.objects.get(pk=action.node_id))
+        lifecycle.create(ModelConfig.objects.get(pk=action.model_id), Node.objects.get(pk=action.node_id), action.part)
         return []
     instance = Instance.objects.get(pk=action.instance_id, generation=action.generation)
     if isinstance(action, Reset):

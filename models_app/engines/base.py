@@ -19,6 +19,7 @@ class ModelSpec:
     """A ModelConfig as an engine sees it. Paths are resolved and allowed already; None where not given."""
 
     name: str
+    part: str  # what this process serves: chat, embedding, speech, or whole; paths of other parts are None
     chat_model_path: Path | None
     embedding_model_path: Path | None
     tts_model_path: Path | None
@@ -29,6 +30,16 @@ class ModelSpec:
     threads: int  # 0: the engine chooses
     gpu_layers: int  # -1: all
     extra_args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """Where this node has its engines. Programs are names looked up on PATH, or absolute paths."""
+
+    wasmedge: str
+    wasm_file: Path
+    wasm_sha256: str  # empty: nothing is pinned
+    llama_server: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +94,7 @@ class Target:
 
 
 class EngineAdapter(Protocol):
-    """One engine. Stateless: the same adapter object serves every instance."""
+    """One engine. Cheap to make and stateless: an adapter object may serve any number of instances."""
 
     name: str
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 
 from models_app.engines import gguf
-from models_app.engines.base import Command, Health, Launch, ModelSpec, Probe, Target
+from models_app.engines.base import Command, EngineSettings, Health, Launch, ModelSpec, Probe, Target
 from models_app.engines.embedded_options import as_attributes, check_options, check_template
 from models_app.exceptions import PreflightError
 
@@ -22,6 +22,9 @@ class EmbeddedEngine:
     """See EngineAdapter."""
 
     name = "embedded"
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self._settings = settings
 
     def preflight(self, model: ModelSpec) -> None:
         if importlib.util.find_spec("xllamacpp") is None:

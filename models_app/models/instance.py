@@ -58,6 +58,7 @@ class Instance(Revisioned):
 
     model = models.ForeignKey(ModelConfig, null=True, on_delete=models.SET_NULL, related_name="instances")
     model_name = models.CharField(max_length=128, help_text="Kept when the model is deleted.")
+    part = models.CharField(max_length=16, default="chat", help_text="What it serves: chat, embedding, speech, or whole.")
     node = models.ForeignKey(Node, on_delete=models.PROTECT, related_name="instances")
     engine = models.CharField(max_length=32)
     state = models.CharField(max_length=16, choices=State.choices, default=State.PENDING)
@@ -65,6 +66,7 @@ class Instance(Revisioned):
     slots = models.PositiveIntegerField(default=1)
     ctx_size = models.PositiveIntegerField(default=0)
     launch_digest = models.CharField(max_length=64, blank=True, help_text="SHA-256 of the launch specification.")
+    launch = models.JSONField(default=dict, blank=True, help_text="The settings this generation was launched with.")
     engine_secret = models.TextField(blank=True, editable=False, help_text="The engine's API key, encrypted at rest.")
 
     port = models.PositiveIntegerField(null=True)
@@ -82,9 +84,15 @@ class Instance(Revisioned):
     failures = models.PositiveIntegerField(default=0, help_text="Failures in a row.")
     next_attempt_at = models.DateTimeField(null=True, help_text="When a failed instance is tried again.")
 
+    memory_bytes = models.BigIntegerField(null=True, help_text="What it is expected to need; reserved while it loads.")
+    hold = models.CharField(max_length=16, blank=True, help_text="Why it waits: memory, node_full; empty where it does not.")
+    hold_reason = models.TextField(blank=True, help_text="One sentence on what it waits for.")
+    last_used_at = models.DateTimeField(null=True, help_text="When its last request ended, to about ten seconds.")
+
     exit_code = models.IntegerField(null=True)
     exit_signal = models.IntegerField(null=True)
     exit_reason = models.TextField(blank=True, help_text="One sentence: what happened and what to do.")
+    diagnosis = models.CharField(max_length=32, blank=True, help_text="What kind of end it was, in one word.")
     exit_log = models.TextField(blank=True, help_text="The engine's last lines.")
     exited_at = models.DateTimeField(null=True)
     peak_memory_bytes = models.BigIntegerField(null=True)

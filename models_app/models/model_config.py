@@ -9,7 +9,7 @@ from django.db import models
 from django.db.models import F, Q
 from django.db.models.functions import Now
 
-from models_app.contracts.traits import engine_choices
+from models_app.contracts.traits import engine_choices, parts_of, roles_of
 from models_app.models.revision import Revisioned
 
 MODEL_NAME = RegexValidator(
@@ -45,6 +45,10 @@ class ModelConfig(Revisioned):
     threads = models.PositiveIntegerField(default=0, help_text="CPU threads of one process; 0 lets the engine choose.")
     gpu_layers = models.IntegerField(
         default=0, validators=[MinValueValidator(-1)], help_text="Layers on the GPU: 0 none, -1 all."
+    )
+    one_process = models.BooleanField(
+        default=False,
+        help_text="Serve chat, embeddings and speech of this model from one process, where the engine can.",
     )
     extra_args = models.JSONField(
         default=dict, blank=True, help_text="Further engine settings by name, from the engine's allow-list."
@@ -99,6 +103,16 @@ class ModelConfig(Revisioned):
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """What it serves: of chat, embedding and speech those that have a file."""
+        return roles_of(self.chat_model_path, self.embedding_model_path, self.tts_model_path)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The processes one replica consists of; replicas are counted for each."""
+        return parts_of(self.roles, self.one_process)
 
 
 class ModelAlias(Revisioned):

@@ -36,13 +36,16 @@ WATCHED = (
         "models_app_modelconfig",
         (
             "name", "engine", "chat_model_path", "embedding_model_path", "tts_model_path", "prompt_template", "ctx_size",
-            "slots", "max_replicas", "min_replicas", "priority", "enabled",
+            "slots", "one_process", "max_replicas", "min_replicas", "priority", "enabled",
         ),
     ),
     Watched("models_app_modelalias", ("name", "model_id")),
     Watched(
         "models_app_instance",
-        ("model_id", "model_name", "node_id", "engine", "state", "generation", "slots", "ctx_size", "engine_secret", "port"),
+        (
+            "model_id", "model_name", "part", "node_id", "engine", "state", "generation", "slots", "ctx_size", "engine_secret",
+            "port",
+        ),
     ),
     Watched("models_app_remoteserver", ("name", "kind", "address", "models", "weight", "enabled", "max_in_flight", "secret")),
     Watched(

@@ -43,6 +43,7 @@ def make_claim(port: int = 20_001, digest: str = "d") -> Claim:
         port=port,
         sealed_secret="sealed",
         digest=digest,
+        launch={},
         model_name="smol",
         engine="embedded",
         slots=2,

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from pytest_django.fixtures import Settings
 
-from models_app import provisioning
+from models_app import engine_access, provisioning
 from models_app.contracts import secret_box
 from models_app.engines import gguf
 from models_app.engines.base import Health, Launch, ModelSpec, Target
@@ -25,12 +25,13 @@ from models_app.models import Instance, State
 from tests.models.instances import make_instance, make_model
 from tests.models.test_provisioning import settle
 
-ENGINE = EmbeddedEngine()
+ENGINE = EmbeddedEngine(engine_access.engine_settings())
 
 
 def spec(path: Path | None, **changes: Any) -> ModelSpec:
     values: dict[str, Any] = {
         "name": "smol",
+        "part": "chat",
         "chat_model_path": path,
         "embedding_model_path": None,
         "tts_model_path": None,

@@ -163,5 +163,5 @@ def test_becoming_ready_clears_what_was_said_of_the_last_failure() -> None:
 
 
 def test_a_new_instance_waits_and_knows_its_model_by_name() -> None:
-    instance = lifecycle.create(make_model("other", slots=3, ctx_size=777), make_node())
+    instance = lifecycle.create(make_model("other", slots=3, ctx_size=777), make_node(), "chat")
     assert (instance.state, instance.model_name, instance.slots, instance.ctx_size) == (S.PENDING, "other", 3, 777)

@@ -50,7 +50,7 @@ class ToyEngine(EmbeddedEngine):
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch, settings: Settings, tmp_path: Path) -> Iterator[None]:
     """The toy registered as any engine is; every process it left is ended."""
-    monkeypatch.setitem(ENGINES, "toy", ToyEngine())
+    monkeypatch.setitem(ENGINES, "toy", ToyEngine)
     settings.ASSISTANT_INSTANCES_DIR = tmp_path / "instances"
     settings.ASSISTANT_MODEL_DIRS = [tmp_path]
     settings.ASSISTANT_ENGINE_TERM_S = 0.5

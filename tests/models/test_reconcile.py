@@ -20,11 +20,11 @@ from tests.models.instances import make_instance, make_model, make_node
 S = State
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 HERE = NodeView(1, "here", heard=True, cordoned=False)
-WANT = Desired(model_id=1, replicas=1, max_replicas=1, digest="new")
+WANT = Desired(model_id=1, part="chat", replicas=1, max_replicas=1, digest="new")
 
 
 def one(state: State, number: int = 1, digest: str = "new", **changes: object) -> Observed:
-    return replace(Observed(number, 1, 1, "here", state, digest), **changes)  # type: ignore[arg-type]
+    return replace(Observed(number, 1, 1, "chat", "here", state, digest), **changes)  # type: ignore[arg-type]
 
 
 def planned(*instances: Observed, want: Desired | None = WANT, nodes: tuple[NodeView, ...] = (HERE,)) -> list[Action]:
@@ -36,7 +36,7 @@ def order(do: str, number: int = 1) -> Order:
 
 
 def test_a_missing_replica_is_created() -> None:
-    assert planned() == [Create(1, 1)]
+    assert planned() == [Create(1, "chat", 1)]
 
 
 def test_what_is_as_wanted_rests() -> None:
@@ -83,22 +83,22 @@ def test_a_failed_instance_is_not_retried_with_the_old_configuration() -> None:
 
 
 def test_a_changed_configuration_replaces_the_process() -> None:
-    assert planned(one(S.READY, digest="old")) == [Create(1, 1), Drain(1, 1, "here")]
+    assert planned(one(S.READY, digest="old")) == [Create(1, "chat", 1), Drain(1, 1, "here")]
 
 
 def test_replicas_are_replaced_one_at_a_time() -> None:
-    want = Desired(1, 3, 3, "new")
+    want = Desired(1, "chat", 3, 3, "new")
     old = [one(S.READY, number, "old") for number in (1, 2, 3)]
-    assert planned(*old, want=want) == [Create(1, 1), Drain(1, 1, "here")]
+    assert planned(*old, want=want) == [Create(1, "chat", 1), Drain(1, 1, "here")]
     under_way = [one(S.DRAINING, 1, "old"), *old[1:], one(S.PENDING, 4, "")]
     assert planned(*under_way, want=want) == [order("advance", 1)]
     loading = [*old[1:], one(S.STARTING, 4)]
     assert planned(*loading, want=want) == [order("advance", 4)]
-    assert planned(*old[1:], one(S.READY, 4), want=want) == [Create(1, 1), Drain(2, 1, "here")]
+    assert planned(*old[1:], one(S.READY, 4), want=want) == [Create(1, "chat", 1), Drain(2, 1, "here")]
 
 
 def test_a_bad_configuration_takes_down_one_replica_and_no_more() -> None:
-    want = Desired(1, 2, 2, "new")
+    want = Desired(1, "chat", 2, 2, "new")
     failed = one(S.FAILED, 2, next_attempt_at=NOW + timedelta(minutes=1))
     assert planned(one(S.READY, 1, "old"), failed, want=want) == []
     assert planned(one(S.READY, 1, "old"), one(S.CRASH_LOOP, 2), want=want) == []
@@ -114,7 +114,7 @@ def test_surplus_goes_first_where_it_serves_nobody() -> None:
 
 
 def test_surplus_that_is_ready_goes_outdated_first_then_newest_first() -> None:
-    want = Desired(1, 1, 3, "new")
+    want = Desired(1, "chat", 1, 3, "new")
     ended = planned(one(S.READY, 1), one(S.READY, 2, "old"), one(S.READY, 3), want=want)
     assert ended == [Drain(2, 1, "here"), Drain(3, 1, "here")]
 
@@ -123,9 +123,9 @@ def test_new_instances_go_to_the_emptiest_node_that_is_heard_and_not_cordoned() 
     silent = NodeView(2, "silent", heard=False, cordoned=False)
     closed = NodeView(3, "closed", heard=True, cordoned=True)
     other = NodeView(4, "other", heard=True, cordoned=False)
-    want = Desired(1, 3, 3, "new")
+    want = Desired(1, "chat", 3, 3, "new")
     created = planned(one(S.READY), want=want, nodes=(HERE, silent, closed, other))
-    assert created == [Create(1, 4), Create(1, 1)]
+    assert created == [Create(1, "chat", 4), Create(1, "chat", 1)]
 
 
 def test_without_a_usable_node_nothing_is_created_and_nothing_is_replaced() -> None:
@@ -147,7 +147,7 @@ def carry_out(world: World, actions: list[Action]) -> World:
     for action in actions:
         if isinstance(action, Create):
             number = max([*rows, 1000]) + 1
-            rows[number] = Observed(number, 0, action.model_id, "here", S.PENDING, "")
+            rows[number] = Observed(number, 0, action.model_id, action.part, "here", S.PENDING, "")
             continue
         row = rows[action.instance_id]
         if isinstance(action, Reset):
@@ -176,7 +176,7 @@ ROWS = strategies.lists(strategies.tuples(STATES, strategies.sampled_from(["new"
 def test_whatever_is_there_planning_converges_and_never_starts_more_than_allowed(
     rows: list[tuple[State, str]], replicas: int, room: int
 ) -> None:
-    want = Desired(1, replicas, max(1, replicas + room), "new")
+    want = Desired(1, "chat", replicas, max(1, replicas + room), "new")
     instances = [one(state, number, digest, next_attempt_at=NOW) for number, (state, digest) in enumerate(rows, 1)]
     world = World([want], instances, [HERE])
     for _ in range(60):
@@ -218,7 +218,7 @@ class TestEffects:
 
     def test_a_disabled_model_is_drained(self) -> None:
         model = make_model(enabled=False)
-        instance = make_instance(S.READY, model, launch_digest=launch_spec.digest(model))
+        instance = make_instance(S.READY, model, launch_digest=launch_spec.digest(model, "chat"))
         orders = reconcile.reconcile()
         assert Instance.objects.get().state == S.DRAINING
         assert orders == [Order("advance", instance.pk, 0, instance.node.name)]
@@ -231,26 +231,26 @@ class TestEffects:
 
     def test_what_was_overtaken_is_left_to_the_next_round(self) -> None:
         instance = make_instance(S.READY)
-        assert reconcile.apply([Drop(instance.pk, 0), Drop(instance.pk, 7), Create(12345, 1)]) == []
+        assert reconcile.apply([Drop(instance.pk, 0), Drop(instance.pk, 7), Create(12345, "chat", 1)]) == []
         assert Instance.objects.get().state == S.READY
 
     def test_fields_that_the_process_does_not_depend_on_restart_nothing(self) -> None:
         model = make_model()
-        before = launch_spec.digest(model)
+        before = launch_spec.digest(model, "chat")
         harmless: dict[str, object] = {"priority": 5, "idle_timeout_s": 9, "pinned": True, "max_replicas": 3, "enabled": False}
         for field, value in harmless.items():
             setattr(model, field, value)
-        assert launch_spec.digest(model) == before
+        assert launch_spec.digest(model, "chat") == before
         launched_with: dict[str, object] = {"ctx_size": 128, "slots": 7, "extra_args": {"warmup": False}, "engine": "other"}
         for field, value in launched_with.items():
             setattr(model, field, value)
-            assert launch_spec.digest(model) != before
-            before = launch_spec.digest(model)
+            assert launch_spec.digest(model, "chat") != before
+            before = launch_spec.digest(model, "chat")
 
     def test_between_minimum_and_maximum_the_number_stays(self) -> None:
         model = make_model(min_replicas=0, max_replicas=2)
         assert reconcile.reconcile() == []
-        make_instance(S.READY, model, launch_digest=launch_spec.digest(model))
+        make_instance(S.READY, model, launch_digest=launch_spec.digest(model, "chat"))
         assert reconcile.reconcile() == []
         assert Instance.objects.get().state == S.READY
 
@@ -285,7 +285,7 @@ class TestEffects:
 
     def test_restarting_a_model_replaces_its_processes(self) -> None:
         model = make_model()
-        old = make_instance(S.READY, model, launch_digest=launch_spec.digest(model))
+        old = make_instance(S.READY, model, launch_digest=launch_spec.digest(model, "chat"))
         operations.restart_model(model)
         reconcile.reconcile()
         assert Instance.objects.get(pk=old.pk).state == S.DRAINING

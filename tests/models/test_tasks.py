@@ -269,6 +269,6 @@ class TestBeat:
 def test_an_instance_as_wanted_causes_no_order() -> None:
     coordination.node_beat(make_node().name, 10_000)
     model = make_model()
-    make_instance(State.FAILED, model, launch_digest=launch_spec.digest(model))
+    make_instance(State.FAILED, model, launch_digest=launch_spec.digest(model, "chat"))
     tasks.reconcile()
     assert sent(OWN) == []
