@@ -18,6 +18,7 @@ from django.conf import settings
 
 from models_app import shim
 from models_app.engines.base import Command
+from models_app.engines.environment import engine_environment
 from models_app.exceptions import SpawnError
 from models_app.process_identity import ProcessIdentity
 
@@ -25,10 +26,6 @@ SHIM = Path(shim.__file__)
 REPORT_S = 2.0  # how long a shim may take to report
 MARK = "ASSISTANT_INSTANCE"  # "<id>:<generation>" in the environment of every shim and engine
 FOLDER_MARK = "ASSISTANT_RUNTIME"  # their runtime folder: tells this installation's processes from another's
-
-# What an engine may inherit. No database, broker or secret setting is among it.
-ALLOWED = frozenset({"PATH", "HOME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "WASMEDGE_PLUGIN_PATH"})
-ALLOWED_PREFIXES = ("LC_", "OMP_", "GGML_", "LLAMA_LOG", "CUDA_", "NVIDIA_", "HIP_", "ROCR_", "HSA_", "VK_", "GPU_")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +38,6 @@ class Pair:
 
 def path(instance_id: int, generation: int) -> Path:
     return Path(settings.ASSISTANT_INSTANCES_DIR) / str(instance_id) / str(generation)
-
-
-def engine_environment(own: Mapping[str, str]) -> dict[str, str]:
-    """The part of our environment that an engine may see."""
-    return {name: value for name, value in own.items() if name in ALLOWED or name.startswith(ALLOWED_PREFIXES)}
 
 
 def prepare(folder: Path, command: Command) -> None:
