@@ -19,12 +19,24 @@ class PathNotAllowed(PreflightError):
     """A model path does not exist or resolves outside ASSISTANT_MODEL_DIRS."""
 
 
+class NotAModel(PreflightError):
+    """The file is no GGUF model, whatever its name says."""
+
+
+class TruncatedModel(PreflightError):
+    """The model file, or one of its parts, is not there to its end."""
+
+
 class SpawnError(AssistantError):
     """The shim could not be started or never reported."""
 
 
 class NoNode(AssistantError):
     """No node's worker is heard, so a new instance could be placed nowhere."""
+
+
+class NodeInUse(AssistantError):
+    """A node that is heard or has instances can be neither fenced nor deleted."""
 
 
 class DownloadError(AssistantError):

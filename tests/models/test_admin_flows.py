@@ -19,6 +19,7 @@ from django.urls import reverse
 from models_app import keys
 from models_app.contracts import key_material, secret_box
 from models_app.models import APIKey, Instance, ModelAlias, ModelConfig, Node, RemoteServer
+from tests.fakes import gguf_files
 
 pytestmark = pytest.mark.django_db
 
@@ -44,7 +45,7 @@ def folder(tmp_path: Path, settings: Any) -> Path:
     """The one folder model files may lie in, with one file."""
     models = tmp_path / "models"
     models.mkdir()
-    (models / "small.gguf").write_bytes(b"GGUF")
+    gguf_files.llama(models / "small.gguf")
     settings.ASSISTANT_MODEL_DIRS = [models]
     return models
 

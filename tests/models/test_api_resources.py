@@ -20,6 +20,7 @@ from django.utils import timezone
 from models_app import keys
 from models_app.contracts import key_material, secret_box
 from models_app.models import APIKey, Instance, ModelAlias, ModelConfig, Node, RemoteServer, UsageEvent
+from tests.fakes import gguf_files
 
 pytestmark = pytest.mark.django_db
 
@@ -54,7 +55,7 @@ def folder(tmp_path: Path, settings: Any) -> Path:
     """The one folder model files may lie in, with a model and a web page saved as one."""
     models = tmp_path / "models"
     models.mkdir()
-    (models / "small.gguf").write_bytes(b"GGUF")
+    gguf_files.llama(models / "small.gguf")
     (models / "page.gguf").write_bytes(b"<html>")
     settings.ASSISTANT_MODEL_DIRS = [models]
     return models

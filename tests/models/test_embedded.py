@@ -22,6 +22,7 @@ from models_app.engines.embedded import EmbeddedEngine
 from models_app.engines.embedded_options import OPTIONS, check_options
 from models_app.exceptions import PreflightError
 from models_app.models import Instance, State
+from tests.fakes import gguf_files
 from tests.models.instances import make_instance, make_model
 from tests.models.test_provisioning import settle
 
@@ -48,9 +49,7 @@ def spec(path: Path | None, **changes: Any) -> ModelSpec:
 
 @pytest.fixture
 def model_file(tmp_path: Path) -> Path:
-    file = tmp_path / "m.gguf"
-    file.write_bytes(b"GGUF" + bytes(60))
-    return file
+    return gguf_files.llama(tmp_path / "m.gguf")
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from models_app.engines.registry import ENGINES
 from models_app.exceptions import PreflightError, StaleTransition
 from models_app.models import Instance, ModelConfig, State
 from models_app.process_identity import alive, send, wait_gone
+from tests.fakes import gguf_files
 from tests.fakes.toy_engine import TOY
 from tests.models.instances import make_instance, make_model, make_node
 
@@ -54,7 +55,7 @@ def toy(monkeypatch: pytest.MonkeyPatch, settings: Settings, tmp_path: Path) -> 
     settings.ASSISTANT_INSTANCES_DIR = tmp_path / "instances"
     settings.ASSISTANT_MODEL_DIRS = [tmp_path]
     settings.ASSISTANT_ENGINE_TERM_S = 0.5
-    (tmp_path / "smol.gguf").write_bytes(b"GGUF")
+    gguf_files.llama(tmp_path / "smol.gguf")
     yield
     for stray in provisioning.marked_processes():
         send(stray.process, signal.SIGKILL)
