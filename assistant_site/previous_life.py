@@ -1,6 +1,7 @@
 """One `up` per home: its lock, the mark its children carry, and the end of children whose `up` was killed.
 
-Engines and their shims are no children of ours: they outlive everything and are adopted, so the sweep leaves them alone.
+Engines and their shims are no children of ours: they outlive everything (a kill of `up`, a stop with --keep-engines) and are
+adopted, so the sweep leaves them alone.
 """
 
 from __future__ import annotations

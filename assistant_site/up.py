@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from django.conf import settings
@@ -26,7 +26,7 @@ from assistant_site.previous_life import end_survivors, mark_of, only_one
 from assistant_site.program_log import Output
 from assistant_site.supervisor import StartFailed, StopStep, Supervisor
 from models_app import provisioning
-from models_app.models import ModelAlias, ModelConfig
+from models_app.models import Instance, ModelAlias, ModelConfig
 
 LAST_GRACE_S = 1.0
 
@@ -43,22 +43,27 @@ class Welcome:
 
     admin: Admin
     key: str
+    keep_engines: bool = False
 
 
-def run() -> int:
-    """Run until told to stop: the exit code. Raises CannotStart and AlreadyRunning before anything was started."""
+def run(keep_engines: bool = False) -> int:
+    """Run until told to stop: the exit code. Raises CannotStart and AlreadyRunning before anything was started.
+
+    keep_engines: the stop leaves the engine processes alone. Whatever state they are in, the next life resolves: their rows
+    are its to read, a shim needs nobody, and one that was starting or draining is looked at again.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the event loop takes over
     output = Output(sys.stdout.fileno(), colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ)
     try:
         with only_one(settings.ASSISTANT_RUN_DIR / "up.lock"):
-            return _run_alone(output)
+            return _run_alone(output, keep_engines)
     except KeyboardInterrupt:
         return 0
     finally:
         output.close()
 
 
-def _run_alone(output: Output) -> int:
+def _run_alone(output: Output, keep_engines: bool) -> int:
     mark = mark_of(settings.ASSISTANT_HOME)
     ended, left = end_survivors(mark)
     if ended:
@@ -67,8 +72,10 @@ def _run_alone(output: Output) -> int:
         raise CannotStart(f"Processes {', '.join(map(str, left))} of a previous life cannot be ended. End them, then try again.")
     check_addresses()
     welcome = prepare_database()
-    code = asyncio.run(_serve(output, welcome))
+    code = asyncio.run(_serve(output, replace(welcome, keep_engines=keep_engines)))
     _, left = end_survivors(mark, LAST_GRACE_S)
+    if keep_engines:
+        output.write(f"{_ask_database(goodbye)}\n".encode())
     return 1 if left else code
 
 
@@ -101,7 +108,7 @@ async def _serve(output: Output, welcome: Welcome) -> int:
         platform_programs.programs(),
         output=output,
         log_folder=env.private_folder(settings.ASSISTANT_LOG_DIR),
-        steps=[StopStep("engines", ENGINES, _stop_engines, ENGINES_STOP_S)],
+        steps=[] if welcome.keep_engines else [StopStep("engines", ENGINES, _stop_engines, ENGINES_STOP_S)],
     )
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -161,6 +168,20 @@ def _stop_engines(hurry: bool) -> None:
     _ask_database(lambda: provisioning.stop_everything(settings.ASSISTANT_NODE, 0 if hurry else ENGINES_GRACE_S))
 
 
+def goodbye() -> str:
+    """What a stop that keeps engines leaves behind, in one sentence."""
+    try:
+        count = sum(bool(provisioning.living(one)) for one in _kept())
+    except DatabaseError as error:
+        return f"Engines are left running; how many is not known: {str(error).strip()}."
+    left = f"{count} engine{'' if count == 1 else 's'}"
+    return f"{left} left running; the next start takes them over, without --keep-engines its stop ends them."
+
+
+def _kept() -> list[Instance]:
+    return list(Instance.objects.with_process().filter(node__name=settings.ASSISTANT_NODE))
+
+
 def ready_block(welcome: Welcome, model: str) -> str:
     """The few lines that a newcomer needs. The password is in them once: when it was made up."""
     base = f"http://{_shown(*settings.ASSISTANT_HTTP_ADDR)}"
@@ -175,7 +196,7 @@ def ready_block(welcome: Welcome, model: str) -> str:
         "",
         *(f"    {line}" for line in _try_it(base, welcome.key, model)),
         "",
-        "  Ctrl-C stops everything.",
+        "  Ctrl-C stops everything but the engines." if welcome.keep_engines else "  Ctrl-C stops everything.",
         "",
     ]
     return "\n".join(lines) + "\n"

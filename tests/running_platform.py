@@ -40,6 +40,7 @@ class Platform:
     home: Path
     server: str = "daphne"
     extra: dict[str, str] = field(default_factory=dict)
+    options: tuple[str, ...] = ()  # of `up`
     http_port: int = field(default_factory=free_port)
     grpc_port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
@@ -82,7 +83,7 @@ class Platform:
         with (self.home.parent / "up.log").open("ab") as log:
             seen = self.output.count("Assistant is ready")
             self.process = subprocess.Popen(
-                [sys.executable, "manage.py", "up"],
+                [sys.executable, "manage.py", "up", *self.options],
                 cwd=ROOT,
                 env=self.environment(),
                 stdout=log,
