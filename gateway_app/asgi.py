@@ -10,7 +10,7 @@ from gateway_app import errors
 from gateway_app.endpoints.http import ClientGone, Receive, Request, Scope, Send
 from gateway_app.endpoints.inference import Inference, Parts
 from gateway_app.endpoints.models import Models
-from gateway_app.endpoints.readiness import Readiness, healthz
+from gateway_app.endpoints.readiness import Liveness, Readiness
 from gateway_app.endpoints.relay import StreamAborted
 from models_app.contracts.traits import CHAT, COMPLETIONS
 
@@ -29,7 +29,7 @@ class Entry:
             CHAT: ("POST", Inference(parts, CHAT).handle),
             COMPLETIONS: ("POST", Inference(parts, COMPLETIONS).handle),
             _MODELS: ("GET", self._models.list),
-            "/healthz": ("GET", healthz),
+            "/healthz": ("GET", Liveness().healthz),
             "/readyz": ("GET", readiness.readyz),
         }
         # Ids that no other process and no later life makes again.

@@ -10,7 +10,7 @@ from gateway_app.endpoints.http import Send
 from gateway_app.endpoints.interruption import Interruption, Reason
 
 PING = b": ping\n\n"
-_STREAM_HEADERS = [
+STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache, no-transform"),
     (b"x-accel-buffering", b"no"),
@@ -96,7 +96,7 @@ class Outlet:
         self.blocked_since = time.monotonic()
         if not self.committed:
             self.committed = True
-            headers = [*_STREAM_HEADERS, (b"x-request-id", self._request_id)]
+            headers = [*STREAM_HEADERS, (b"x-request-id", self._request_id)]
             await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         await self._send({"type": "http.response.body", "body": data, "more_body": not last})
         self.blocked_since = None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import pytest
+
 from gateway_app.gateway import Gateway
 from tests.gateway.conftest import NoConsole, Serve, config
 
@@ -13,6 +15,31 @@ async def test_health_needs_nothing(serve: Serve) -> None:
     gateway = await serve()
     reply = await gateway.client.get("/healthz")
     assert (reply.status_code, reply.json()) == (200, {"status": "ok"})
+
+
+async def test_health_as_a_stream_comes_event_by_event(serve: Serve) -> None:
+    gateway = await serve()
+    async with gateway.client.stream("GET", "/healthz?stream=4") as reply:
+        assert (reply.status_code, reply.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+        assert reply.headers["x-accel-buffering"] == "no"
+        pieces = [piece async for piece in reply.aiter_raw()]
+    assert b"".join(pieces).decode() == "data: 1\n\ndata: 2\n\ndata: 3\n\ndata: 4\n\n"
+    assert len(pieces) > 1  # a server that gathered them would have sent one
+
+
+@pytest.mark.parametrize("asked", ["0", "11", "-1", "x", "", "5&x=1", "0005"])
+async def test_a_stream_of_another_length_is_refused(serve: Serve, asked: str) -> None:
+    gateway = await serve()
+    reply = await gateway.client.get(f"/healthz?stream={asked}")
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "stream")
+
+
+async def test_only_so_many_health_streams_run_at_a_time(serve: Serve) -> None:
+    gateway = await serve()
+    replies = await asyncio.gather(*(gateway.client.get("/healthz?stream=5") for _ in range(12)))
+    statuses = sorted(reply.status_code for reply in replies)
+    assert statuses == [200] * 8 + [429] * 4, [reply.text for reply in replies]
+    assert (await gateway.client.get("/healthz?stream=1")).status_code == 200
 
 
 async def test_readiness_names_what_is_missing_to_this_machine_only(serve: Serve, valkey: str, tmp_path: Path) -> None:
