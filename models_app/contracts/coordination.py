@@ -9,6 +9,13 @@ from typing import Literal, TypedDict
 
 PREFIX = "assistant:"
 
+# A gateway says here that somebody waits for a model that has no ready process; what it wants stands in its telemetry.
+DEMAND = PREFIX + "demand"
+DEMAND_LIFE_S = 15.0  # a model counts as wanted so long after the last request that found nothing ready
+# Hash of the loads under way: load_field() → LoadProgress as JSON. Written by the control plane every second or so.
+LOADS = PREFIX + "loads"
+LOAD_LIFE_S = 10.0  # an older entry says nothing any more
+
 # Hints to gateways and consoles (pub/sub). Losing one costs at most a second.
 EVENTS = PREFIX + "events"
 
@@ -32,11 +39,22 @@ class InstanceTelemetry(TypedDict):
     last_end_s: float | None  # seconds since a request to it ended, None if never
 
 
-class ModelTelemetry(TypedDict):
-    """One model's queue at one gateway."""
+class PartTelemetry(TypedDict):
+    """The queue of one part of a model (contracts/traits.py) at one gateway."""
 
     queued: int
     oldest_wait_s: float
+    wanted: bool  # within DEMAND_LIFE_S somebody asked for it and found no ready process, or waits for one now
+
+
+class LoadProgress(TypedDict):
+    """One load under way, for whoever waits for it."""
+
+    state: Literal["waiting", "loading"]  # waiting: for memory or for a node
+    progress: float  # 0 to 1
+    eta_s: float | None  # seconds until it should be ready, None where nothing is known
+    detail: str  # one sentence: what it waits for; empty while it loads
+    at: float  # Unix time
 
 
 class GatewayTelemetry(TypedDict):
@@ -45,7 +63,7 @@ class GatewayTelemetry(TypedDict):
     gateway: str
     node: str
     instances: dict[str, InstanceTelemetry]  # by "<instance id>:<generation>"
-    models: dict[str, ModelTelemetry]  # by model name
+    models: dict[str, dict[str, PartTelemetry]]  # by model name, then part
 
 
 def use_key(instance_id: int, generation: int, gateway: str) -> str:
@@ -61,6 +79,11 @@ def use_pattern(instance_id: int, generation: int) -> str:
 def telemetry_key(gateway: str) -> str:
     """Where a gateway publishes GatewayTelemetry."""
     return f"{PREFIX}telemetry:{gateway}"
+
+
+def load_field(model_name: str, part: str) -> str:
+    """Field of LOADS; no model name holds a line break."""
+    return f"{model_name}\n{part}"
 
 
 TELEMETRY_PATTERN = PREFIX + "telemetry:*"
