@@ -19,9 +19,10 @@ from django.conf import settings
 from django.db import transaction
 from django.utils import timezone
 
-from models_app import coordination
+from models_app import coordination, incidents
+from models_app.diagnosis import Exit
+from models_app.diagnosis_rules import Code
 from models_app.exceptions import StaleTransition
-from models_app.exit_sentence import Exit
 from models_app.models import Instance, ModelConfig, Node, State
 from models_app.process_identity import ProcessIdentity
 
@@ -163,6 +164,11 @@ def stopped(instance: Instance, end: Exit | None = None) -> None:
     _move(instance, before, State.STOPPED, next_attempt_at=None, **(_exit_fields(end) if end else {}))
 
 
+def fenced(instance: Instance, reason: str) -> None:
+    """Any state but STOPPED → STOPPED, although its process may still run on a node that cannot be asked."""
+    _move(instance, set(State) - {State.STOPPED}, State.STOPPED, next_attempt_at=None, **_exit_fields(Exit(reason)))
+
+
 def failed(instance: Instance, end: Exit) -> None:
     """STARTING or READY → FAILED with the time of the next try, or CRASH_LOOP after too many failures in a row."""
     now = timezone.now()
@@ -171,7 +177,9 @@ def failed(instance: Instance, end: Exit) -> None:
     next_attempt = None if given_up else now + timedelta(seconds=delay_s(failures))
     state = State.CRASH_LOOP if given_up else State.FAILED
     before = (State.STARTING, State.READY)
-    _move(instance, before, state, failures=failures, next_attempt_at=next_attempt, **_exit_fields(end))
+    with transaction.atomic():
+        _move(instance, before, state, failures=failures, next_attempt_at=next_attempt, **_exit_fields(end))
+        incidents.record(instance, end)
 
 
 def refused(instance: Instance, reason: str, digest: str) -> None:
@@ -180,18 +188,13 @@ def refused(instance: Instance, reason: str, digest: str) -> None:
     It is no failure of an engine: once it can be started, it has all its tries.
     """
     next_attempt = timezone.now() + timedelta(seconds=max(FIRST_DELAY_S, delay_s(instance.failures)))
-    _move(
-        instance,
-        (State.PENDING, State.FAILED),
-        State.FAILED,
-        next_attempt_at=next_attempt,
-        launch_digest=digest,
-        exit_reason=reason,
-        diagnosis="preflight",
-        exit_log="",
-        exit_code=None,
-        exit_signal=None,
-    )
+    end = Exit(reason, diagnosis=Code.PREFLIGHT)
+    before = (State.PENDING, State.FAILED)
+    # exited_at stays: nothing has ended now
+    told = {name: value for name, value in _exit_fields(end).items() if name != "exited_at"}
+    with transaction.atomic():
+        _move(instance, before, State.FAILED, next_attempt_at=next_attempt, launch_digest=digest, **told)
+        incidents.record(instance, end)
 
 
 def reset(instance: Instance) -> None:

@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from django import forms
-from django.contrib import admin
+from django.contrib import admin, messages
 from django.db.models import Count, Q, QuerySet
 from django.forms import ModelForm
 from django.http import HttpRequest, HttpResponse
 from django.urls import reverse
 from django.utils.safestring import SafeString
 
-from models_app import tasks
+from models_app import fencing, nodes, tasks
 from models_app.admin.base import Admin, age, column, confirmed, done, size
+from models_app.exceptions import AssistantError, CoordinationUnavailable
 from models_app.models import Node, State
 from models_app.models.instance import WITH_PROCESS
+
+LABELS = {nodes.NodeState.READY: "success", nodes.NodeState.CORDONED: "warning", nodes.NodeState.UNKNOWN: "danger"}
 
 
 @admin.register(Node)
 class NodeAdmin(Admin[Node]):
-    list_display = ("name", "placement", "processes", "address", "cpus", "memory", "version", "seen")
+    list_display = ("name", "condition", "processes", "limits", "address", "cpus", "memory", "version", "seen")
     search_fields = ("name", "address")
-    fields = (("name", "cordoned"), "address", "cpus", "memory", "version", "seen", "boot_id")
-    readonly_fields = ("name", "cpus", "memory", "version", "seen", "boot_id")
-    actions_row = ("cordon", "uncordon")
-    actions_detail = ("cordon", "uncordon")
+    fields = (
+        ("name", "condition_now"),
+        ("cordoned", "address"),
+        ("max_instances", "memory_limit_bytes"),
+        "cpus",
+        "memory",
+        "version",
+        "seen",
+        "boot_id",
+    )
+    readonly_fields = ("name", "condition_now", "cpus", "memory", "version", "seen", "boot_id")
+    actions_row = ("cordon", "uncordon", "fence")
+    actions_detail = ("cordon", "uncordon", "fence")
     ready_processes: ClassVar = Count("instances", filter=Q(instances__state=State.READY))
     all_processes: ClassVar = Count("instances", filter=Q(instances__state__in=WITH_PROCESS))
 
@@ -35,9 +47,19 @@ class NodeAdmin(Admin[Node]):
     def get_queryset(self, request: HttpRequest) -> QuerySet[Node]:
         return super().get_queryset(request).annotate(ready=self.ready_processes, running=self.all_processes)
 
-    @column("placement", label={"open": "success", "cordoned": "warning"})
-    def placement(self, node: Node) -> str:
-        return "cordoned" if node.cordoned else "open"
+    @column("state", label=LABELS)
+    def condition(self, node: Node) -> nodes.NodeState:
+        return nodes.state_of(node, nodes.heard([node]))
+
+    @column("state")
+    def condition_now(self, node: Node) -> str:
+        return self.condition(node).value
+
+    @column("limits")
+    def limits(self, node: Node) -> str:
+        processes = "" if node.max_instances is None else f"{node.max_instances} processes"
+        memory = "" if node.memory_limit_bytes is None else size(node.memory_limit_bytes)
+        return ", ".join(filter(None, (processes, memory))) or "none"
 
     @column("ready / running processes")
     def processes(self, node: Node) -> str:
@@ -67,10 +89,50 @@ class NodeAdmin(Admin[Node]):
     def uncordon(self, request: HttpRequest, form: forms.Form, object_id: str) -> HttpResponse:
         return self._set(request, object_id, cordoned=False)
 
+    @confirmed(
+        "Fence",
+        "Say that this silent node is gone: everything on it is given up and started elsewhere. What still runs there is ended "
+        "when it comes back.",
+        icon="power_off",
+        dangerous=True,
+    )
+    def fence(self, request: HttpRequest, form: forms.Form, object_id: str) -> HttpResponse:
+        node = self.row(request, object_id)
+        here = reverse("admin:models_app_node_change", args=[node.pk])
+        try:
+            count = fencing.fence_node(node, request.user.get_username())
+        except AssistantError as error:
+            return done(request, str(error), fallback=here, level=messages.ERROR)
+        tasks.request_reconcile()
+        self.log_change(request, node, f"fenced, {count} instances given up")
+        return done(request, f"{node.name} is fenced; {count} instances were given up.", fallback=here)
+
     def _set(self, request: HttpRequest, object_id: str, *, cordoned: bool) -> HttpResponse:
         node = self.row(request, object_id)
-        Node.objects.filter(pk=node.pk).update(cordoned=cordoned)
+        fencing.cordon_node(node, cordoned)
         tasks.request_reconcile()
         outcome = "cordoned" if cordoned else "open for new processes"
         self.log_change(request, node, outcome)
         return done(request, f"{node.name} is {outcome}.", fallback=reverse("admin:models_app_node_change", args=[node.pk]))
+
+    # Deletion: Django would protect a node for the records of instances long ended; what counts is in fencing.in_use.
+
+    def get_deleted_objects(self, objs: Any, request: HttpRequest) -> tuple[list[Any], dict[str, int], set[str], list[str]]:
+        listed = list(objs)
+        denied = set() if self.has_delete_permission(request) else {str(self.opts.verbose_name)}
+        return [str(node) for node in listed], {"nodes": len(listed)}, denied, [why for node in listed if (why := _in_use(node))]
+
+    def delete_model(self, request: HttpRequest, obj: Node) -> None:
+        fencing.remove_node(obj)
+        tasks.request_reconcile()
+
+    def delete_queryset(self, request: HttpRequest, queryset: QuerySet[Node]) -> None:
+        for node in queryset:
+            self.delete_model(request, node)
+
+
+def _in_use(node: Node) -> str:
+    try:
+        return fencing.in_use(node)
+    except CoordinationUnavailable as error:
+        return str(error)

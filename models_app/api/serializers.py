@@ -13,7 +13,7 @@ from django.db.models import Model
 from drf_spectacular.utils import extend_schema_field
 from rest_framework import serializers
 
-from models_app import keys, model_preflight, model_rules, model_status
+from models_app import keys, model_preflight, model_rules, model_status, nodes
 from models_app.api.errors import by_field
 from models_app.api.fields import IdOrName, ObjectField
 from models_app.contracts import secret_box
@@ -105,15 +105,23 @@ class InstanceSerializer(serializers.ModelSerializer[Instance]):
         read_only_fields: ClassVar = fields
 
 
-class NodeSerializer(serializers.ModelSerializer[Node]):
-    """A machine that runs engines. Only `cordoned` may be changed."""
+class NodeSerializer(CheckedSerializer[Node]):
+    """A machine that runs engines. `state` is ready, cordoned, or unknown where its worker has not been heard for 20 s."""
+
+    state = serializers.SerializerMethodField()
 
     class Meta:
         model = Node
+        settings_fields: ClassVar = ["address", "cordoned", "max_instances", "memory_limit_bytes"]
         fields: ClassVar = [
-            "id", "name", "address", "cordoned", "boot_id", "cpu_count", "memory_bytes", "version", "last_seen_at", "created_at",
+            "id", "name", "state", *settings_fields, "boot_id", "cpu_count", "memory_bytes", "version", "last_seen_at",
+            "created_at",
         ]  # fmt: skip
-        read_only_fields: ClassVar = [field for field in fields if field != "cordoned"]
+        read_only_fields: ClassVar = ["name", "created_at"]
+
+    @extend_schema_field(serializers.ChoiceField(choices=[state.value for state in nodes.NodeState]))
+    def get_state(self, node: Node) -> str:
+        return nodes.state_of(node, self.context["heard"]()).value
 
 
 class RemoteServerSerializer(CheckedSerializer[RemoteServer]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, ClassVar
 
 from django.contrib.auth.models import User
@@ -14,7 +15,7 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.serializers import BaseSerializer
 
-from models_app import keys, model_status, operations, tasks
+from models_app import fencing, keys, model_status, nodes, operations, tasks
 from models_app.api import serializers
 from models_app.api.listing import NewestFirst
 from models_app.api.permissions import MayOperate
@@ -114,14 +115,46 @@ class InstanceViewSet(viewsets.ReadOnlyModelViewSet[Instance]):
         return Response(self.get_serializer(self.get_object()).data, status=status.HTTP_202_ACCEPTED)
 
 
-class NodeViewSet(ReconcilingMixin, mixins.UpdateModelMixin, viewsets.ReadOnlyModelViewSet[Node]):
-    """Machines that run engines. PATCH `cordoned` to keep new processes off one."""
+class NodeViewSet(ReconcilingMixin, mixins.UpdateModelMixin, mixins.DestroyModelMixin, viewsets.ReadOnlyModelViewSet[Node]):
+    """Machines that run engines. They make their own rows; one that is gone for good can be fenced and then deleted."""
 
     queryset = Node.objects.all()
     serializer_class = serializers.NodeSerializer
-    http_method_names = ["get", "head", "options", "patch"]  # noqa: RUF012  # an instance variable to Django's types
+    http_method_names = ["get", "head", "options", "post", "patch", "delete"]  # noqa: RUF012  # an instance variable to Django's types
     filter_fields: ClassVar = {"name": "name", "cordoned": "cordoned"}
     ordering_fields: ClassVar = ["id", "name", "last_seen_at"]
+
+    @extend_schema(request=None)
+    @operate()
+    def cordon(self, request: Request, pk: str) -> Response:
+        """Keep new processes off it; those that run stay."""
+        return self._operate(lambda node: fencing.cordon_node(node, True))
+
+    @extend_schema(request=None)
+    @operate()
+    def uncordon(self, request: Request, pk: str) -> Response:
+        """Let new processes be placed on it again."""
+        return self._operate(lambda node: fencing.cordon_node(node, False))
+
+    @extend_schema(request=None)
+    @operate()
+    def fence(self, request: Request, pk: str) -> Response:
+        """Give up everything on a silent node, so that it is started elsewhere. Refused while the node is heard."""
+        return self._operate(lambda node: fencing.fence_node(node, request.user.get_username()))
+
+    def get_serializer_context(self) -> dict[str, Any]:
+        """heard: asks, once for all rows of the answer, which nodes beat."""
+        return {**super().get_serializer_context(), "heard": cache(lambda: nodes.heard(Node.objects.all()))}
+
+    def perform_destroy(self, instance: Model) -> None:
+        assert isinstance(instance, Node)
+        fencing.remove_node(instance)
+        tasks.request_reconcile()
+
+    def _operate(self, operation: Callable[[Node], Any]) -> Response:
+        operation(self.get_object())
+        tasks.request_reconcile()
+        return Response(self.get_serializer(self.get_object()).data, status=status.HTTP_202_ACCEPTED)
 
 
 class RemoteServerViewSet(viewsets.ModelViewSet[RemoteServer]):

@@ -23,6 +23,8 @@ ACTIONS = (
     "instances/1/restart/",
     "instances/1/stop/",
     "keys/1/revoke/",
+    "nodes/1/cordon/",
+    "nodes/1/uncordon/",
 )
 WRITES = ("models/", "model-aliases/", "remote-servers/", "keys/")
 

@@ -175,13 +175,6 @@ def test_instances_are_read_and_operated_but_not_written(api: Api) -> None:
     assert "STOPPED" in told["detail"]
 
 
-def test_of_a_node_only_the_cordon_may_be_changed(api: Api) -> None:
-    node = Node.objects.create(name="here")
-    status, told = api("PATCH", f"nodes/{node.pk}/", {"cordoned": True, "name": "elsewhere"})
-    assert (status, told["cordoned"], told["name"]) == (200, True, "here")
-    assert api("DELETE", f"nodes/{node.pk}/")[0] == 405
-
-
 def test_a_remote_servers_secret_goes_in_and_never_comes_out(api: Api) -> None:
     body = {"name": "away", "address": "https://api.example.org/v1", "models": {"gpt-4o": "gpt-4o"}, "secret": "sk-very-secret"}
     status, made = api("POST", "remote-servers/", body)
