@@ -13,11 +13,10 @@ from dataclasses import dataclass
 
 import psutil
 
-from models_app import coordination, lifecycle, provisioning, runtime_folder
+from models_app import coordination, diagnosis, lifecycle, provisioning, runtime_folder
 from models_app.contracts.coordination import GatewayTelemetry
 from models_app.engines.base import Health, Probe
 from models_app.exceptions import CoordinationUnavailable, StaleTransition
-from models_app.exit_sentence import Exit
 from models_app.models import Instance, State
 from models_app.process_identity import alive
 
@@ -171,6 +170,6 @@ def _replace_sick(instance: Instance, probe: Probe) -> None:
         return
     lines = runtime_folder.last_log_lines(provisioning.folder_of(instance), 200)
     provisioning.kill(instance)
-    reason = f"The engine lived but failed its probes again and again ({probe.detail or probe.health}), so it was ended."
-    log.warning("%s generation %d: %s", instance, instance.generation, reason)
-    lifecycle.failed(instance, Exit(reason, "\n".join(lines)))
+    end = diagnosis.wedged(probe.detail or probe.health, lines, runtime_folder.read_exit(provisioning.folder_of(instance)))
+    log.warning("%s generation %d: %s", instance, instance.generation, end.reason)
+    lifecycle.failed(instance, end)

@@ -16,14 +16,16 @@ from django.conf import settings
 from django.db import IntegrityError, transaction
 from django.utils import timezone
 
-from models_app import coordination, engine_access, exit_sentence, launch_spec, lifecycle, ports, runtime_folder
+from models_app import coordination, diagnosis, engine_access, launch_spec, lifecycle, ports, runtime_folder
 from models_app.contracts import secret_box
+from models_app.diagnosis import Case, Exit
+from models_app.diagnosis_rules import Code
 from models_app.engines.base import EngineAdapter, Health, Launch, ModelSpec, Probe, Target
 from models_app.exceptions import CoordinationUnavailable, PreflightError, SecretUnreadable, SpawnError, StaleTransition
-from models_app.exit_sentence import Exit
 from models_app.models import Instance, ModelConfig, State
 from models_app.models.instance import WITH_PROCESS
-from models_app.process_identity import ProcessIdentity, alive, identify, send, wait_gone
+from models_app.process_identity import ProcessIdentity, alive, boot_id, identify, send, wait_gone
+from models_app.shim import ExitRecord
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ QUICK_FOR_S = 5.0
 SNAPSHOT_AGE_S = 1.2
 SPAWN_S = 20.0  # after so long without a report there is no shim to wait for
 PORT_TRIES = 3
+LOG_LINES = 200  # kept of a run that ended
 
 
 def is_local(instance: Instance) -> bool:
@@ -121,7 +124,7 @@ def _spawn(instance: Instance, adapter: EngineAdapter, launch: Launch) -> bool:
         runtime_folder.prepare(launch.folder, command)
         pair = runtime_folder.spawn(launch.folder, launch.instance_id, launch.generation, command.env)
     except (OSError, SpawnError) as error:
-        lifecycle.failed(instance, Exit(f"The engine could not be started: {error}"))
+        lifecycle.failed(instance, diagnosis.not_started(f"The engine could not be started: {error}"))
         return False
     if pair is not None:  # else advance() looks for it
         lifecycle.spawned(instance, pair.engine, pair.shim)
@@ -155,7 +158,8 @@ def _advance_starting(instance: Instance) -> float | None:
     if engine is None:
         # Its shim has not reported yet, or the worker that claimed this generation died before it started one.
         if (timezone.now() - instance.state_changed_at).total_seconds() > SPAWN_S:
-            lifecycle.failed(instance, Exit("No process was started: the worker was interrupted, or this machine is overloaded."))
+            what = "No process was started: the worker was interrupted, or this machine is overloaded."
+            lifecycle.failed(instance, diagnosis.not_started(what))
             return None
         return _pace(instance)
     if not alive(engine):
@@ -169,11 +173,11 @@ def _advance_starting(instance: Instance) -> float | None:
     if found.health in (Health.READY, Health.WRONG_SERVER):
         # Somebody else may hold the port while ours is about to fail on it: its own exit tells more, if it comes.
         if (timezone.now() - instance.state_changed_at).total_seconds() > QUICK_FOR_S:
-            _give_up(instance, f"Another program answers on port {instance.port} ({ports.holder(instance.port or 0)}).")
+            port = instance.port or 0
+            lifecycle.failed(instance, diagnosis.wrong_server(port, ports.holder(port), *_put_down(instance)))
             return None
     elif _late(instance):
-        last = "; ".join(runtime_folder.last_log_lines(folder_of(instance), 1)) or "nothing"
-        _give_up(instance, f"The engine was not ready in time; its log last said: {last[:300]}")
+        lifecycle.failed(instance, diagnosis.not_ready(*_put_down(instance)))
         return None
     return _pace(instance)
 
@@ -199,11 +203,11 @@ def probe(instance: Instance, timeout_s: float = PROBE_TIMEOUT_S) -> Probe:
         return engine_access.adapter(instance.engine).probe(target, client)
 
 
-def _give_up(instance: Instance, reason: str) -> None:
+def _put_down(instance: Instance) -> tuple[list[str], ExitRecord | None]:
+    """Kill it; the last lines of its log, and its exit record where its shim could write one."""
     kill(instance)
-    record = runtime_folder.read_exit(folder_of(instance))
-    lines = record["lines"] if record else runtime_folder.last_log_lines(folder_of(instance), 200)
-    lifecycle.failed(instance, Exit(reason, "\n".join(lines), peak_memory_bytes=record["peak_memory_bytes"] if record else None))
+    folder = folder_of(instance)
+    return runtime_folder.last_log_lines(folder, LOG_LINES), runtime_folder.read_exit(folder)
 
 
 def _advance_draining(instance: Instance) -> float | None:
@@ -252,7 +256,10 @@ def _advance_stopping(instance: Instance) -> float | None:
         return _pace(instance)
     record = runtime_folder.read_exit(folder_of(instance))
     peak = record["peak_memory_bytes"] if record else None
-    lifecycle.stopped(instance, Exit("Stopped as asked.", "\n".join(record["lines"]) if record else "", peak_memory_bytes=peak))
+    lifecycle.stopped(
+        instance,
+        Exit("Stopped as asked.", "\n".join(record["lines"]) if record else "", peak_memory_bytes=peak, diagnosis=Code.STOPPED),
+    )
     log.info("%s generation %d has ended", instance, instance.generation)
     return None
 
@@ -279,12 +286,25 @@ def bury(instance: Instance) -> None:
     for process in living(instance):  # the shim writes its record within a moment of the engine's end
         wait_gone(process, 1.0)
     record = runtime_folder.read_exit(folder)
-    end = (
-        exit_sentence.from_record(record) if record else exit_sentence.without_record(runtime_folder.last_log_lines(folder, 200))
-    )
+    case = case_of(instance)
+    if record:
+        end = diagnosis.of_record(record, case)
+    else:
+        end = diagnosis.without_record(runtime_folder.last_log_lines(folder, LOG_LINES), case)
     kill(instance)
     log.warning("%s generation %d: %s", instance, instance.generation, end.reason)
     lifecycle.failed(instance, end)
+
+
+def case_of(instance: Instance) -> Case:
+    """What a diagnosis may need to know of this generation."""
+    paths = (instance.launch.get(field) for field in launch_spec.PATH_OF_ROLE.values())
+    return Case(
+        engine=instance.engine,
+        port=instance.port,
+        model_path=next(filter(None, paths), ""),
+        rebooted=bool(instance.boot_id) and instance.boot_id != boot_id(),
+    )
 
 
 def kill(instance: Instance, patience_s: float = 2.0) -> bool:
@@ -368,5 +388,5 @@ def stop_everything(node_name: str, grace_s: float) -> None:
         kill(instance)
         instance.refresh_from_db()
         if instance.state == State.STOPPING and not living(instance):
-            lifecycle.stopped(instance, Exit("Stopped with the platform."))
+            lifecycle.stopped(instance, Exit("Stopped with the platform.", diagnosis=Code.STOPPED))
     end_strays(node_name)

@@ -11,8 +11,8 @@ from django.utils import timezone
 from pytest_django.fixtures import Settings
 
 from models_app import lifecycle
+from models_app.diagnosis import Exit
 from models_app.exceptions import StaleTransition
-from models_app.exit_sentence import Exit
 from models_app.models import Instance, State
 from models_app.process_identity import ProcessIdentity
 from tests.models.instances import make_claim, make_instance, make_model, make_node

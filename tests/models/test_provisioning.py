@@ -137,7 +137,7 @@ def settle_stop(instance: Instance) -> Instance:
 def test_an_engine_that_ends_while_loading_is_failed_with_its_last_words() -> None:
     instance = settle(started("exit"))
     assert (instance.state, instance.exit_code) == (State.FAILED, 4)
-    assert instance.exit_reason == "The engine ended with exit code 4: toy: the tensor is missing"
+    assert instance.exit_reason.startswith("The engine ended with exit code 4; it last said: “toy: the tensor is missing”. ")
     assert instance.exit_log == "toy: the tensor is missing"
     assert instance.peak_memory_bytes
 
