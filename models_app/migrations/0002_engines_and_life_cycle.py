@@ -61,6 +61,31 @@ class Migration(migrations.Migration):
         ),
         migrations.AddField(
             model_name='instance',
+            name='cause',
+            field=models.CharField(choices=[('minimum', 'kept running'), ('demand', 'asked for by a request'), ('scale', 'more load than the others take'), ('manual', 'started by hand'), ('restart', 'replaces another process')], default='minimum', max_length=16),
+        ),
+        migrations.AddField(
+            model_name='instance',
+            name='drain_detail',
+            field=models.TextField(blank=True, help_text='One sentence on why it is ended.'),
+        ),
+        migrations.AddField(
+            model_name='instance',
+            name='drain_reason',
+            field=models.CharField(blank=True, choices=[('stop', 'asked to stop'), ('evict', 'idle, unloaded'), ('yield', 'makes room after its running requests')], max_length=8),
+        ),
+        migrations.AddField(
+            model_name='instance',
+            name='replaces',
+            field=models.ForeignKey(help_text='The outdated process it takes over from.', null=True, on_delete=django.db.models.deletion.SET_NULL, related_name='+', to='models_app.instance'),
+        ),
+        migrations.AddField(
+            model_name='instance',
+            name='wanted_since',
+            field=models.DateTimeField(help_text='Since when requests wait for this one while it is held back.', null=True),
+        ),
+        migrations.AddField(
+            model_name='instance',
             name='diagnosis',
             field=models.CharField(blank=True, help_text='What kind of end it was, in one word.', max_length=32),
         ),

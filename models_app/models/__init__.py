@@ -2,7 +2,7 @@
 
 from models_app.models.api_key import APIKey
 from models_app.models.incident import Incident
-from models_app.models.instance import Instance, State
+from models_app.models.instance import Cause, Drain, Instance, State
 from models_app.models.load import Load
 from models_app.models.model_config import ModelAlias, ModelConfig
 from models_app.models.node import Node
@@ -12,6 +12,8 @@ from models_app.models.usage import UsageEvent
 
 __all__ = [
     "APIKey",
+    "Cause",
+    "Drain",
     "Incident",
     "Instance",
     "Load",

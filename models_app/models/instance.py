@@ -32,6 +32,27 @@ WITH_PROCESS = (State.STARTING, State.READY, State.DRAINING, State.STOPPING)
 LIVE = (State.PENDING, State.STARTING, State.READY, State.FAILED, State.CRASH_LOOP)
 
 
+class Cause(models.TextChoices):
+    """Why a replica is there. Whoever asks by hand may have others unloaded for it, as requests that wait may."""
+
+    MINIMUM = "minimum", "kept running"
+    DEMAND = "demand", "asked for by a request"
+    SCALE = "scale", "more load than the others take"
+    MANUAL = "manual", "started by hand"
+    RESTART = "restart", "replaces another process"
+
+
+class Drain(models.TextChoices):
+    """Why a process drains, which says what becomes of it when its time is over and it still works.
+
+    STOP: it is ended. EVICT, YIELD: it goes on serving. EVICT also goes on where somebody asks for it meanwhile.
+    """
+
+    STOP = "stop", "asked to stop"
+    EVICT = "evict", "idle, unloaded"
+    YIELD = "yield", "makes room after its running requests"
+
+
 class InstanceQuerySet(models.QuerySet["Instance"]):
     def ready(self) -> InstanceQuerySet:
         return self.filter(state=State.READY)
@@ -76,6 +97,10 @@ class Instance(Revisioned):
     shim_pid = models.PositiveIntegerField(null=True)
     shim_start_ticks = models.BigIntegerField(null=True)
 
+    cause = models.CharField(max_length=16, choices=Cause.choices, default=Cause.MINIMUM)
+    replaces = models.ForeignKey(
+        "self", null=True, on_delete=models.SET_NULL, related_name="+", help_text="The outdated process it takes over from."
+    )
     created_at = models.DateTimeField(db_default=Now())
     state_changed_at = models.DateTimeField(db_default=Now())
     started_at = models.DateTimeField(null=True, help_text="When this generation's process was started.")
@@ -87,6 +112,9 @@ class Instance(Revisioned):
     memory_bytes = models.BigIntegerField(null=True, help_text="What it is expected to need; reserved while it loads.")
     hold = models.CharField(max_length=16, blank=True, help_text="Why it waits: memory, node_full; empty where it does not.")
     hold_reason = models.TextField(blank=True, help_text="One sentence on what it waits for.")
+    wanted_since = models.DateTimeField(null=True, help_text="Since when requests wait for this one while it is held back.")
+    drain_reason = models.CharField(max_length=8, choices=Drain.choices, blank=True)
+    drain_detail = models.TextField(blank=True, help_text="One sentence on why it is ended.")
     last_used_at = models.DateTimeField(null=True, help_text="When its last request ended, to about ten seconds.")
 
     exit_code = models.IntegerField(null=True)

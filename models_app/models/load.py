@@ -8,6 +8,7 @@ from django.db import models
 from django.db.models import Q
 from django.db.models.functions import Now
 
+from models_app.models import instance as replica
 from models_app.models.instance import Instance
 from models_app.models.model_config import ModelConfig
 from models_app.models.node import Node
@@ -20,12 +21,7 @@ class Load(models.Model):
     looks after it. Names beside foreign keys are kept when their rows go.
     """
 
-    class Cause(models.TextChoices):
-        MINIMUM = "minimum", "kept running"
-        DEMAND = "demand", "asked for by a request"
-        SCALE = "scale", "more load than the others take"
-        MANUAL = "manual", "started by hand"
-        RESTART = "restart", "replaces another process"
+    Cause = replica.Cause
 
     class Stage(models.TextChoices):
         WAITING = "waiting"
