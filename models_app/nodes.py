@@ -15,7 +15,7 @@ import psutil
 from django.conf import settings
 from django.utils import timezone
 
-from models_app import coordination, provisioning, reconcile
+from models_app import coordination, incidents, provisioning, reconcile
 from models_app.exceptions import CoordinationUnavailable
 from models_app.models import Instance, Node
 from models_app.process_identity import boot_id
@@ -76,9 +76,10 @@ def heartbeat(name: str) -> bool:
 
 
 def tidy(name: str) -> None:
-    """End stray processes and delete old ended instances and runtime folders that belong to nobody."""
+    """End stray processes and delete old ended instances, old incidents and runtime folders that belong to nobody."""
     provisioning.end_strays(name)
     reconcile.prune(name)
+    incidents.prune()
     remove_ownerless_folders()
 
 
