@@ -287,9 +287,7 @@ class Engine:
     folder: Path
     model: Path
 
-    def run(
-        self, model: Path | None = None, port: int | None = None, address_space: int | None = None, **spec: Any
-    ) -> ExitRecord:
+    def run(self, model: Path | None = None, port: int | None = None, memory: int | None = None, **spec: Any) -> ExitRecord:
         """The launch file is the adapter's for the sound model, changed afterwards: what a preflight would have refused."""
         sound = ModelSpec("m", CHAT_ROLE, self.model, None, None, "", 512, 64, 1, 1, 0)
         command = engine_access.adapter("embedded").command(Launch(sound, 1, 1, port or free_port(), "k", self.folder))
