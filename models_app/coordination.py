@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import cast
+from typing import Any, TypedDict, cast
 
 import redis
 from django.conf import settings
@@ -161,25 +161,49 @@ def forget_probe_failures(instance_id: int, generation: int) -> None:
         client().delete(_failures_key(instance_id, generation))
 
 
-def _still_key(instance_id: int, generation: int) -> str:
-    return f"{PREFIX}still:{instance_id}:{generation}"
+def _track_key(instance_id: int, generation: int) -> str:
+    return f"{PREFIX}track:{instance_id}:{generation}"
 
 
-def first_still(instance_id: int, generation: int, seen: tuple[float, float], life_ms: int) -> tuple[float, float]:
-    """When it was first seen without an answer and what it had computed by then; what is seen now where that is the first
-    time. Forgotten life_ms after the last call. Raises CoordinationUnavailable.
-    """
-    key = _still_key(instance_id, generation)
-    with _translated(), client().pipeline() as pipeline:
-        pipeline.set(key, json.dumps(seen), nx=True)
-        pipeline.pexpire(key, life_ms)
-        pipeline.get(key)
-        *_, first = pipeline.execute()
-    since, computed = json.loads(first) if first else seen
-    return float(since), float(computed)
-
-
-def forget_still(instance_id: int, generation: int) -> None:
-    """It answered or computed. Raises CoordinationUnavailable."""
+def work_track(instance_id: int, generation: int) -> list[Any] | None:
+    """What was remembered of this process's work at the last look, None where nothing is. Raises CoordinationUnavailable."""
     with _translated():
-        client().delete(_still_key(instance_id, generation))
+        value = client().get(_track_key(instance_id, generation))
+    return None if value is None else cast(list[Any], json.loads(value))
+
+
+def keep_work_track(instance_id: int, generation: int, track: list[Any], life_ms: int) -> None:
+    """Remember it until the next look, life_ms at most. Raises CoordinationUnavailable."""
+    with _translated():
+        client().set(_track_key(instance_id, generation), json.dumps(track), px=life_ms)
+
+
+def forget_work_track(instance_id: int, generation: int) -> None:
+    """It has no work any more. Raises CoordinationUnavailable."""
+    with _translated():
+        client().delete(_track_key(instance_id, generation))
+
+
+class HealthReport(TypedDict):
+    """What the last look at a process found, for people."""
+
+    verdict: str
+    detail: str
+    at: float  # Unix time
+
+
+def _health_key(instance_id: int, generation: int) -> str:
+    return f"{PREFIX}health:{instance_id}:{generation}"
+
+
+def report_health(instance_id: int, generation: int, report: HealthReport, life_ms: int) -> None:
+    """Say how a process is doing. Raises CoordinationUnavailable."""
+    with _translated():
+        client().set(_health_key(instance_id, generation), json.dumps(report), px=life_ms)
+
+
+def health_reports(instances: Sequence[tuple[int, int]]) -> list[HealthReport | None]:
+    """The last reports on these (id, generation), in their order. Raises CoordinationUnavailable."""
+    with _translated():
+        values = client().mget([_health_key(*one) for one in instances]) if instances else []
+    return [None if value is None else cast(HealthReport, json.loads(value)) for value in values]

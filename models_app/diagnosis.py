@@ -115,12 +115,12 @@ def wrong_server(port: int, holder: str, lines: Sequence[str], record: ExitRecor
     )
 
 
-def wedged(detail: str, lines: Sequence[str], record: ExitRecord | None) -> Exit:
+def wedged(complaint: str, lines: Sequence[str], record: ExitRecord | None) -> Exit:
     """It lives but does not serve, and was ended."""
     return _explained(
         Diagnosis(
             Code.WEDGED,
-            f"The engine lived but failed its probes again and again ({detail}), so it was ended.",
+            f"The engine lived but {complaint}, so it was ended.",
             "If this repeats, see its log and update the engine.",
         ),
         lines,

@@ -1,78 +1,28 @@
-"""Is a READY instance well? `judge` decides and is pure; `check` and `watch` look and act on the instances of this node.
-
-Ready is not alive is not idle: a process that lives may not answer, and one that does not answer in time may be busy.
-"""
+"""Look at the READY instances of this node and act on what health_verdict.py says of them."""
 
 from __future__ import annotations
 
-import enum
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple
 
 import psutil
+from django.conf import settings
 
 from models_app import coordination, diagnosis, lifecycle, provisioning, runtime_folder
 from models_app.contracts.coordination import GatewayTelemetry
 from models_app.engines.base import Health, Probe
 from models_app.exceptions import CoordinationUnavailable, StaleTransition
+from models_app.health_verdict import Patience, Signs, Track, Traffic, Verdict, follow, has_work, judge, stuck, traffic_of
 from models_app.models import Instance, State
 from models_app.process_identity import alive
 
 log = logging.getLogger(__name__)
 
-FAILED_PROBES = 3  # in a row, before a process that lives is taken for sick
-FRESH_BYTE_S = 15.0  # a byte this recent proves that it works
-STILL_S = 120.0  # busy and silent for so long without computing: it is wedged
 PROBES_AT_ONCE = 16
 COUNT_LIFE_MS = 60_000  # failed probes further apart than this are not "in a row"
-# What our own probes cost a process that does nothing else: less than this share of a processor, and a first moment of it.
-IDLE_SHARE = 0.01
-IDLE_CPU_S = 0.1
-
-
-class Verdict(enum.StrEnum):
-    """WELL and BUSY need nothing; SUSPECT is looked at again; SICK and DEAD are replaced."""
-
-    WELL = "well"
-    BUSY = "busy"
-    SUSPECT = "suspect"
-    SICK = "sick"
-    DEAD = "dead"
-
-
-@dataclass(frozen=True, slots=True)
-class Traffic:
-    """What the gateways see of one instance. known is False where nobody could be asked: then silence proves nothing."""
-
-    known: bool
-    in_flight: int = 0
-    last_byte_s: float | None = None
-
-
-def judge(living: bool, probe: Probe, traffic: Traffic, failed_before: int, still_s: float = 0.0) -> Verdict:
-    """failed_before counts the failed probes in a row before this one; still_s is for how long it has not computed.
-
-    A process that answers others, or that took its time while it works for somebody, is busy and nothing else. Sick is a
-    process that does not answer, has no work anybody knows of, and does so FAILED_PROBES times running; and one that has
-    work but neither answers nor computes for STILL_S.
-    """
-    if not living:
-        return Verdict.DEAD
-    if probe.health == Health.READY:
-        return Verdict.WELL
-    fresh = traffic.last_byte_s is not None and traffic.last_byte_s < FRESH_BYTE_S
-    if fresh or (probe.health == Health.BUSY and (traffic.in_flight > 0 or not traffic.known)):
-        return Verdict.BUSY if fresh or still_s < STILL_S else Verdict.SICK
-    return Verdict.SICK if failed_before + 1 >= FAILED_PROBES else Verdict.SUSPECT
-
-
-def traffic_of(key: str, telemetry: list[GatewayTelemetry]) -> Traffic:
-    """The sum over live gateways; key is "<instance id>:<generation>"."""
-    rows = [gateway["instances"][key] for gateway in telemetry if key in gateway["instances"]]
-    bytes_seen = [row["last_byte_s"] for row in rows if row["last_byte_s"] is not None]
-    return Traffic(bool(telemetry), sum(row["in_flight"] for row in rows), min(bytes_seen, default=None))
+REPORT_LIFE_MS = 20_000
 
 
 def _ready_here(node_name: str) -> list[Instance]:
@@ -85,12 +35,12 @@ def watch(node_name: str) -> int:
     for instance in _ready_here(node_name):
         engine = provisioning.engine_of(instance)
         if engine is None or not alive(engine):
-            buried += _acted(instance, Verdict.DEAD, Probe(Health.UNREACHABLE))
+            buried += _acted(instance, Verdict.DEAD, Probe(Health.UNREACHABLE), None)
     return buried
 
 
 def check(node_name: str) -> int:
-    """Probe every READY instance of this node once; how many were found dead or sick."""
+    """Probe every READY instance of this node once; how many were found dead, wedged or sick."""
     try:
         telemetry = coordination.telemetry()
     except CoordinationUnavailable as error:
@@ -107,14 +57,42 @@ def _conclude(instance: Instance, probe: Probe, telemetry: list[GatewayTelemetry
     engine = provisioning.engine_of(instance)
     living = engine is not None and alive(engine)
     traffic = traffic_of(f"{instance.pk}:{instance.generation}", telemetry)
-    verdict = judge(living, probe, traffic, 0)
+    track = _track(instance, probe, traffic) if living else None
+    wedged = stuck(track, time.monotonic(), patience())
+    verdict = judge(living, probe, traffic, 0, wedged)
     if verdict == Verdict.SUSPECT:
-        verdict = judge(living, probe, traffic, _count_failure(instance))
-    elif verdict == Verdict.BUSY and probe.health == Health.BUSY:
-        verdict = judge(living, probe, traffic, 0, _still_s(instance))
-    elif verdict == Verdict.WELL:
+        verdict = judge(living, probe, traffic, _count_failure(instance), wedged)
+    elif verdict in (Verdict.WELL, Verdict.BUSY) and probe.health == Health.READY:
         _forget_failures(instance)
-    return _acted(instance, verdict, probe)
+    _report(instance, verdict, probe)
+    return _acted(instance, verdict, probe, track)
+
+
+def patience() -> Patience:
+    """How long work may get nowhere."""
+    return Patience(settings.ASSISTANT_ENGINE_STILL_S, settings.ASSISTANT_ENGINE_SILENT_S)
+
+
+def _track(instance: Instance, probe: Probe, traffic: Traffic) -> Track | None:
+    """What has come of its work so far; None where it has none, or where that cannot be told."""
+    try:
+        if not has_work(probe, traffic):
+            coordination.forget_work_track(instance.pk, instance.generation)
+            return None
+        kept = coordination.work_track(instance.pk, instance.generation)
+        track = follow(None if kept is None else Track(*kept), _signs(instance, probe, traffic))
+        coordination.keep_work_track(instance.pk, instance.generation, list(astuple(track)), COUNT_LIFE_MS)
+    except (psutil.Error, CoordinationUnavailable) as error:
+        log.debug("Whether %s gets on is not known: %s", instance, error)
+        return None
+    return track
+
+
+def _signs(instance: Instance, probe: Probe, traffic: Traffic) -> Signs:
+    used = psutil.Process(instance.pid).cpu_times()
+    now = time.monotonic()
+    byte_at = None if traffic.last_byte_s is None else now - traffic.last_byte_s
+    return Signs(now, probe.work, used.user + used.system, byte_at)
 
 
 def _count_failure(instance: Instance) -> int:
@@ -125,38 +103,30 @@ def _count_failure(instance: Instance) -> int:
         return 0
 
 
-def _still_s(instance: Instance) -> float:
-    """For how many seconds, over probes that all timed out, the process has used no processor to speak of."""
-    try:
-        used = psutil.Process(instance.pid).cpu_times()
-        now, cpu = time.monotonic(), used.user + used.system
-        since, cpu_then = coordination.first_still(instance.pk, instance.generation, (now, cpu), COUNT_LIFE_MS)
-        if cpu - cpu_then <= IDLE_CPU_S + IDLE_SHARE * (now - since):
-            return now - since
-        coordination.forget_still(instance.pk, instance.generation)
-    except (psutil.Error, CoordinationUnavailable) as error:
-        log.debug("Whether %s computes is not known: %s", instance, error)
-    return 0.0
-
-
 def _forget_failures(instance: Instance) -> None:
     try:
         coordination.forget_probe_failures(instance.pk, instance.generation)
-        coordination.forget_still(instance.pk, instance.generation)
     except CoordinationUnavailable as error:
         log.debug("Failed probes of %s not forgotten: %s", instance, error)
 
 
-def _acted(instance: Instance, verdict: Verdict, probe: Probe) -> bool:
+def _report(instance: Instance, verdict: Verdict, probe: Probe) -> None:
+    report: coordination.HealthReport = {"verdict": verdict, "detail": probe.detail, "at": time.time()}
+    try:
+        coordination.report_health(instance.pk, instance.generation, report, REPORT_LIFE_MS)
+    except CoordinationUnavailable as error:
+        log.debug("How %s is doing is not told: %s", instance, error)
+
+
+def _acted(instance: Instance, verdict: Verdict, probe: Probe, track: Track | None) -> bool:
     """Carry out the verdict; True where the instance left READY."""
     try:
         if verdict == Verdict.DEAD:
             provisioning.bury(instance)
-        elif verdict == Verdict.SICK:
-            _replace_sick(instance, probe)
+        elif verdict in (Verdict.SICK, Verdict.WEDGED):
+            _replace(instance, _complaint(verdict, probe, track))
         else:
-            if verdict == Verdict.SUSPECT:
-                log.warning("%s generation %d: %s %s", instance, instance.generation, probe.health, probe.detail)
+            _warn(instance, verdict, probe, track)
             return False
     except StaleTransition as error:
         log.info("Overtaken: %s", error)
@@ -164,12 +134,28 @@ def _acted(instance: Instance, verdict: Verdict, probe: Probe) -> bool:
     return True
 
 
-def _replace_sick(instance: Instance, probe: Probe) -> None:
+def _warn(instance: Instance, verdict: Verdict, probe: Probe, track: Track | None) -> None:
+    if verdict == Verdict.SUSPECT:
+        log.warning("%s generation %d: %s %s", instance, instance.generation, probe.health, probe.detail)
+    elif track is not None and track.silent_s(time.monotonic()) >= patience().still_s:
+        silent = track.silent_s(time.monotonic())
+        log.warning("%s generation %d computes, but nothing has come of it for %.0f s", instance, instance.generation, silent)
+
+
+def _complaint(verdict: Verdict, probe: Probe, track: Track | None) -> str:
+    if verdict == Verdict.SICK or track is None:
+        return f"failed its probes again and again: {probe.detail or probe.health}"
+    now = time.monotonic()
+    computes = "and did not compute" if track.still_s(now) >= patience().still_s else "although it computed"
+    return f"had a request and gave no sign of it for {track.silent_s(now):.0f} s {computes}"
+
+
+def _replace(instance: Instance, complaint: str) -> None:
     """End a process that lives but does not serve, and let it be started anew."""
     if instance.state != State.READY:
         return
     lines = runtime_folder.last_log_lines(provisioning.folder_of(instance), 200)
     provisioning.kill(instance)
-    end = diagnosis.wedged(probe.detail or probe.health, lines, runtime_folder.read_exit(provisioning.folder_of(instance)))
+    end = diagnosis.wedged(complaint, lines, runtime_folder.read_exit(provisioning.folder_of(instance)))
     log.warning("%s generation %d: %s", instance, instance.generation, end.reason)
     lifecycle.failed(instance, end)

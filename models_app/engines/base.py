@@ -75,11 +75,15 @@ class Health(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Result of one probe; slots_busy where the engine tells."""
+    """Result of one probe. Where the engine tells: slots_busy, slots (how many requests it really serves at once), and work,
+    a text that changes whenever its work gets on.
+    """
 
     health: Health
     detail: str = ""
     slots_busy: int | None = None
+    slots: int | None = None
+    work: str = ""
 
 
 @dataclass(frozen=True, slots=True)

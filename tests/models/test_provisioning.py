@@ -24,6 +24,7 @@ from models_app.engines.base import Command, Launch, ModelSpec
 from models_app.engines.embedded import EmbeddedEngine
 from models_app.engines.registry import ENGINES
 from models_app.exceptions import PreflightError, StaleTransition
+from models_app.health_verdict import FAILED_PROBES
 from models_app.models import Instance, ModelConfig, State
 from models_app.process_identity import alive, send, wait_gone
 from tests.fakes import gguf_files
@@ -332,37 +333,47 @@ def test_an_engine_that_lives_but_never_answers_is_replaced_after_three_probes()
     assert not alive(engine)
 
 
-def test_an_engine_that_has_work_but_stands_still_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_has_work_but_stands_still_is_replaced(monkeypatch: pytest.MonkeyPatch, settings: Settings) -> None:
     instance = ready()
     engine = provisioning.engine_of(instance)
     assert engine is not None
     send(engine, signal.SIGSTOP)
     monkeypatch.setattr(provisioning.probe, "__defaults__", (0.2,))
-    coordination.forget_still(instance.pk, instance.generation)
     # No gateway has said anything in this test, so for all we know it works for somebody.
-    assert [health.check(instance.node.name) for _ in range(health.FAILED_PROBES + 1)] == [0] * (health.FAILED_PROBES + 1)
-    monkeypatch.setattr(health, "STILL_S", 0.0)
+    assert [health.check(instance.node.name) for _ in range(FAILED_PROBES + 1)] == [0] * (FAILED_PROBES + 1)
+    settings.ASSISTANT_ENGINE_STILL_S = 0
     assert health.check(instance.node.name) == 1
     instance.refresh_from_db()
-    assert instance.state == State.FAILED
-    assert "did not answer in time" in instance.exit_reason
+    assert (instance.state, instance.diagnosis) == (State.FAILED, "wedged")
+    assert "did not compute" in instance.exit_reason
     assert not alive(engine)
 
 
-def test_an_engine_that_computes_is_busy_however_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_computes_is_busy_until_nothing_has_come_of_it_for_too_long(
+    monkeypatch: pytest.MonkeyPatch, settings: Settings
+) -> None:
     instance = ready()
     engine = provisioning.engine_of(instance)
     assert engine is not None
     send(engine, signal.SIGSTOP)
     monkeypatch.setattr(provisioning.probe, "__defaults__", (0.2,))
-    coordination.forget_still(instance.pk, instance.generation)
-    computed_since = (time.monotonic() - 200.0, -100.0)  # as seen 200 s and 100 s of processor time ago
-    coordination.first_still(instance.pk, instance.generation, computed_since, 10_000)
-    monkeypatch.setattr(health, "STILL_S", 0.1)
+    settings.ASSISTANT_ENGINE_STILL_S = 1
+    long_ago = time.monotonic() - 200.0  # it had work then, and has used 100 s of a processor since
+    coordination.keep_work_track(instance.pk, instance.generation, ["", long_ago, -100.0, long_ago], 10_000)
     assert health.check(instance.node.name) == 0
-    send(engine, signal.SIGCONT)
-    assert health.check(instance.node.name) == 0
-    assert instance.state == State.READY
+    coordination.keep_work_track(instance.pk, instance.generation, ["", long_ago, -100.0, long_ago], 10_000)
+    settings.ASSISTANT_ENGINE_SILENT_S = 150
+    assert health.check(instance.node.name) == 1
+    instance.refresh_from_db()
+    assert "although it computed" in instance.exit_reason
+
+
+def test_how_a_process_is_doing_is_told() -> None:
+    instance = ready()
+    health.check(instance.node.name)
+    known, unknown = coordination.health_reports([(instance.pk, instance.generation), (instance.pk, 99)])
+    assert known is not None
+    assert (known["verdict"], unknown) == ("well", None)
 
 
 def test_a_healthy_engine_is_left_alone() -> None:
