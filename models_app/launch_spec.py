@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from models_app.contracts.traits import CHAT_ROLE, EMBEDDING_ROLE, SPEECH_ROLE, TRAITS, WHOLE
+from models_app.engines import options, registry
 from models_app.engines.base import ModelSpec
 from models_app.model_rules import resolve_model_path
 from models_app.models import ModelConfig
@@ -83,7 +84,7 @@ def model_spec(config: ModelConfig, part: str) -> ModelSpec:
         slots=slots_of(config),
         threads=config.threads,
         gpu_layers=config.gpu_layers,
-        extra_args=config.extra_args,
+        extra_args=options.resolved(registry.options_of(config.engine), config.extra_args, resolve_model_path),
     )
 
 

@@ -74,7 +74,8 @@ class EngineTraits:
 
 
 TRAITS: dict[str, EngineTraits] = {
-    "embedded": EngineTraits("embedded", "Embedded llama.cpp (pip only)", frozenset({CHAT, COMPLETIONS})),
+    "embedded": EngineTraits("embedded", "Embedded llama.cpp (pip only)", frozenset({CHAT, COMPLETIONS, EMBEDDINGS})),
+    "llama-server": EngineTraits("llama-server", "llama-server (native llama.cpp)", frozenset({CHAT, COMPLETIONS, EMBEDDINGS})),
     # Whatever stands behind a remote server of kind "openai" speaks for itself.
     "openai": EngineTraits("openai", "OpenAI-compatible server", frozenset({CHAT, COMPLETIONS, EMBEDDINGS}), local=False),
 }

@@ -22,12 +22,15 @@ class Spec(TypedDict):
     """spec.json."""
 
     model_path: str
+    embedding: bool
+    pooling: str  # for an embedding model; empty: as the model file says
     model_alias: str
     port: int
     api_key: str
     n_ctx: int  # tokens of all slots together
     n_parallel: int
     n_batch: int
+    n_ubatch: int | None  # None: the library's own
     n_threads: int  # 0: the library chooses
     n_gpu_layers: int  # -1: all
     chat_template: str  # a built-in name, or empty for the one in the model file
@@ -45,6 +48,11 @@ def parameters(spec: Spec) -> Any:
     params.n_ctx = spec["n_ctx"]
     params.n_parallel = spec["n_parallel"]
     params.n_batch = spec["n_batch"]
+    if spec["n_ubatch"] is not None:
+        params.n_ubatch = spec["n_ubatch"]
+    params.embedding = spec["embedding"]
+    if spec["pooling"]:
+        params.pooling_type = getattr(xllamacpp.llama_pooling_type, f"LLAMA_POOLING_TYPE_{spec['pooling'].upper()}")
     params.n_gpu_layers = ALL_LAYERS if spec["n_gpu_layers"] < 0 else spec["n_gpu_layers"]
     if spec["n_threads"]:
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = spec["n_threads"]
@@ -62,22 +70,49 @@ def parameters(spec: Spec) -> Any:
 
 
 def set_option(params: Any, name: str, value: Any) -> None:
-    """Set one checked option; {"enum", "member"} names a member of a library enumeration."""
-    group, _, attribute = name.rpartition(".")
-    if isinstance(value, dict):
-        value = getattr(getattr(xllamacpp, value["enum"]), value["member"])
-    setattr(getattr(params, group) if group else params, attribute, value)
+    """Set one checked option by its attribute path."""
+    *groups, attribute = name.split(".")
+    for group in groups:
+        params = getattr(params, group)
+    setattr(params, attribute, made(value))
+
+
+def made(value: Any) -> Any:
+    """A value out of the spec file; see embedded_options.as_attributes()."""
+    if isinstance(value, list):
+        return [made(one) for one in value]
+    if isinstance(value, dict) and "enum" in value:
+        return getattr(getattr(xllamacpp, value["enum"]), value["member"])
+    if isinstance(value, dict) and "class" in value:
+        return getattr(xllamacpp, value["class"])(*map(made, value["arguments"]))
+    return value
+
+
+def say(text: str) -> None:
+    """A line of our own between those of llama.cpp, with the level where theirs have it."""
+    sys.stdout.write(f"I embedded_server: {text}\n")
+    sys.stdout.flush()
+
+
+def announcement(spec: Spec) -> str:
+    """What is about to be loaded, and how big."""
+    kind = f"embedding model (pooling {spec['pooling'] or 'as in its file'})" if spec["embedding"] else "chat model"
+    slots, layers = spec["n_parallel"], spec["n_gpu_layers"]
+    return (
+        f"loading {spec['model_path']} as {kind} “{spec['model_alias']}”: {slots} × {spec['n_ctx'] // slots} tokens of context, "
+        f"batch {spec['n_batch']}, threads {spec['n_threads'] or 'automatic'}, GPU layers {'all' if layers < 0 else layers}"
+    )
 
 
 def main(folder: str) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     spec: Spec = json.loads((Path(folder) / SPEC).read_text())
+    say(announcement(spec))
     try:
         server = xllamacpp.Server(parameters(spec))
     except RuntimeError:  # its text is the same for every cause; llama.cpp's own last lines, just printed, tell which
         return 1
-    sys.stdout.write(f"embedded_server: {spec['model_alias']} serves on {server.listening_address}\n")
-    sys.stdout.flush()
+    say(f"“{spec['model_alias']}” serves on {server.listening_address}")
     while True:  # the server lives in threads of its own as long as the object does
         signal.pause()
 

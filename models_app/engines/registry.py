@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from models_app.engines.base import EngineAdapter, EngineSettings
 from models_app.engines.embedded import EmbeddedEngine
+from models_app.engines.llama_server import LlamaServerEngine
+from models_app.engines.options import Option
 from models_app.exceptions import PreflightError
 
-ENGINES: dict[str, Callable[[EngineSettings], EngineAdapter]] = {"embedded": EmbeddedEngine}
+ENGINES: dict[str, Callable[[EngineSettings], EngineAdapter]] = {
+    "embedded": EmbeddedEngine,
+    "llama-server": LlamaServerEngine,
+}
 
 
 def adapter(name: str, settings: EngineSettings) -> EngineAdapter:
@@ -17,3 +22,9 @@ def adapter(name: str, settings: EngineSettings) -> EngineAdapter:
         return ENGINES[name](settings)
     except KeyError:
         raise PreflightError(f"There is no engine “{name}”; choose one of: {', '.join(sorted(ENGINES))}.") from None
+
+
+def options_of(name: str) -> Mapping[str, Option]:
+    """The engine's allow-list of extra_args, its attribute `options`; empty where it has none or there is no such engine."""
+    found: Mapping[str, Option] = getattr(ENGINES.get(name), "options", {})
+    return found

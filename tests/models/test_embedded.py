@@ -78,9 +78,14 @@ def test_a_sound_model_passes(model_file: Path) -> None:
     ("changes", "told"),
     [
         ({"chat_model_path": None}, "needs chat_model_path"),
-        ({"embedding_model_path": Path("/x")}, "chat models alone"),
+        ({"part": "embedding"}, "needs embedding_model_path"),
+        ({"part": "speech"}, "does not speak; leave tts_model_path empty"),
+        ({"part": "whole"}, "switch one_process off"),
         ({"prompt_template": "nosuch"}, "“nosuch” is not built in"),
-        ({"extra_args": {"port": 1}}, "“port” is not an allowed setting; allowed are: cache_prompt"),
+        ({"extra_args": {"port": 1}}, "“port” is not an allowed setting; allowed are: cache_idle_slots"),
+        ({"extra_args": {"temp": 1}}, "“temp” is not an allowed setting; did you mean sampling.temp"),
+        ({"extra_args": {"draft_model": "/nowhere.gguf"}}, "/nowhere.gguf cannot be read"),
+        ({"extra_args": {"lora": [{"path": "/nowhere.gguf"}]}}, "/nowhere.gguf cannot be read"),
     ],
 )
 def test_what_cannot_start_here_is_refused_with_a_remedy(model_file: Path, changes: dict[str, Any], told: str) -> None:
@@ -102,7 +107,10 @@ def test_addresses_keys_files_and_tools_can_never_be_set(name: str) -> None:
     [
         ("n_ubatch", 0), ("n_ubatch", True), ("n_ubatch", 1.5), ("n_ubatch", "1"), ("warmup", 1), ("cache_type_k", "q9"),
         ("cache_type_k", ["f16"]), ("sampling.temp", float("nan")), ("sampling.temp", -1), ("numa", None),
-        ("rope_freq_base", True),
+        ("rope_freq_base", True), ("cpus", "3-1"), ("cpus", "0-512"), ("cpus", "all"), ("lora", []), ("lora", ["a.gguf"]),
+        ("lora", [{"path": "a", "scale": True}]), ("lora", [{"path": "a", "url": "b"}]), ("mmproj", ""), ("tensor_split", [0, 0]),
+        ("speculative", ["draft_simple", "draft_simple"]), ("sampling.samplers", ["magic"]), ("chat_template_kwargs", {"a": [1]}),
+        ("sampling.grammar", "-root"), ("pooling_type", "none"),
     ],
 )  # fmt: skip
 def test_a_value_of_the_wrong_kind_or_size_is_refused(name: str, value: Any) -> None:
@@ -274,15 +282,11 @@ class TestRealEngine:
             prompt = client.post(self.address(instance, "/apply-template"), headers=self.key(instance, settings), json=chat)
         assert "[INST]" in prompt.json()["prompt"]
 
-    def test_a_truncated_model_fails_with_what_the_engine_said(
-        self, settings: Settings, tmp_path: Path, demo_model: Path
-    ) -> None:
+    def test_an_unknown_kind_of_model_fails_with_what_the_engine_said(self, settings: Settings, tmp_path: Path) -> None:
         settings.ASSISTANT_INSTANCES_DIR, settings.ASSISTANT_MODEL_DIRS = tmp_path / "instances", [tmp_path]
-        cut = tmp_path / "cut.gguf"
-        with demo_model.open("rb") as whole:
-            cut.write_bytes(whole.read(1_000_000))
-        instance = make_instance(model=make_model(chat_model_path=str(cut)))
-        assert provisioning.provision(instance)
+        file = gguf_files.write(tmp_path / "odd.gguf", {"general.architecture": "oddity"}, {"x": ((32,), gguf_files.F32)})
+        instance = make_instance(model=make_model(chat_model_path=str(file)))
+        assert provisioning.provision(instance), instance.exit_reason
         settle(instance)
         assert (instance.state, instance.exit_code) == (State.FAILED, 1)
-        assert "cut.gguf" in instance.exit_log
+        assert "unknown model architecture: 'oddity'" in instance.exit_log
