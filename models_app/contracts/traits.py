@@ -76,6 +76,14 @@ class EngineTraits:
 TRAITS: dict[str, EngineTraits] = {
     "embedded": EngineTraits("embedded", "Embedded llama.cpp (pip only)", frozenset({CHAT, COMPLETIONS, EMBEDDINGS})),
     "llama-server": EngineTraits("llama-server", "llama-server (native llama.cpp)", frozenset({CHAT, COMPLETIONS, EMBEDDINGS})),
+    "wasmedge": EngineTraits(
+        "wasmedge",
+        "WasmEdge (LlamaEdge, sandboxed)",
+        frozenset({CHAT, COMPLETIONS, EMBEDDINGS, SPEECH}),
+        cancel="none",
+        dialect="llama-api-server",
+        max_slots=1,
+    ),
     # Whatever stands behind a remote server of kind "openai" speaks for itself.
     "openai": EngineTraits("openai", "OpenAI-compatible server", frozenset({CHAT, COMPLETIONS, EMBEDDINGS}), local=False),
 }

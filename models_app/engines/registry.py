@@ -8,11 +8,13 @@ from models_app.engines.base import EngineAdapter, EngineSettings
 from models_app.engines.embedded import EmbeddedEngine
 from models_app.engines.llama_server import LlamaServerEngine
 from models_app.engines.options import Option
+from models_app.engines.wasmedge import WasmEdgeEngine
 from models_app.exceptions import PreflightError
 
 ENGINES: dict[str, Callable[[EngineSettings], EngineAdapter]] = {
     "embedded": EmbeddedEngine,
     "llama-server": LlamaServerEngine,
+    "wasmedge": WasmEdgeEngine,
 }
 
 
