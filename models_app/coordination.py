@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -86,6 +86,41 @@ def telemetry() -> list[GatewayTelemetry]:
         keys = list(client().scan_iter(match=TELEMETRY_PATTERN, count=1000))
         values = client().mget(keys) if keys else []
     return [cast(GatewayTelemetry, json.loads(value)) for value in values if value is not None]
+
+
+def use_holders() -> dict[str, set[str]]:
+    """Gateways that may send to an instance, by "<instance id>:<generation>". Raises CoordinationUnavailable."""
+    prefix, found = f"{PREFIX}use:", dict[str, set[str]]()
+    with _translated():
+        for key in client().scan_iter(match=f"{prefix}*", count=1000):
+            instance_id, generation, gateway = _text(key).removeprefix(prefix).split(":", 2)
+            found.setdefault(f"{instance_id}:{generation}", set()).add(gateway)
+    return found
+
+
+def read_hash(name: str) -> dict[str, Any]:
+    """Fields of a hash whose values are JSON; empty where there is none. Raises CoordinationUnavailable."""
+    with _translated():
+        values = client().hgetall(name)
+    return {_text(field): json.loads(value) for field, value in values.items()}
+
+
+def replace_hash(name: str, values: Mapping[str, Any], life_ms: int) -> None:
+    """Write a hash whole, its values as JSON; readers see the old one or the new one. Raises CoordinationUnavailable."""
+    with _translated(), client().pipeline(transaction=True) as pipeline:
+        pipeline.delete(name)
+        if values:
+            pipeline.hset(name, mapping={field: json.dumps(value) for field, value in values.items()})
+            pipeline.pexpire(name, life_ms)
+        pipeline.execute()
+
+
+def set_in_hash(name: str, field: str, value: Any, life_ms: int) -> None:
+    """Write one field of such a hash and prolong the life of all. Raises CoordinationUnavailable."""
+    with _translated(), client().pipeline(transaction=True) as pipeline:
+        pipeline.hset(name, field, json.dumps(value))
+        pipeline.pexpire(name, life_ms)
+        pipeline.execute()
 
 
 @dataclass(frozen=True, slots=True)
