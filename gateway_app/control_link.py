@@ -1,4 +1,4 @@
-"""The gateway's link to Valkey: use keys, telemetry, hints. In the background only; no request waits on it.
+"""The gateway's link to Valkey: use keys, telemetry, demand, hints. In the background only; no request waits on it.
 
 Use keys are the drain handshake: the control plane stops an instance when its row has left READY and every gateway's use key
 of it is gone. This side of the promise:
@@ -10,6 +10,9 @@ of it is gone. This side of the promise:
   and must take that as unknown, not as free. DRAINING still reaches us within a second, through the snapshot, and ends the
   routing. Only a gateway cut off from Valkey *and* the database can send to an instance that is being stopped; its requests
   meet a closed port there, which is retried elsewhere.
+
+Demand: what is wanted stands in the telemetry, so nothing is lost if the announcement is. While there is any, the link looks
+more often, so that who waits a second can be told how the load is getting on.
 """
 
 from __future__ import annotations
@@ -26,16 +29,21 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
+from gateway_app.loads import Loads
 from gateway_app.routing.backends import Backend, Model
+from gateway_app.routing.demand import Demand
 from gateway_app.routing.slots import Slots
 from models_app.contracts.coordination import (
+    DEMAND,
     EVENTS,
+    LOADS,
     TELEMETRY_LIFE_MS,
     TELEMETRY_PERIOD_S,
     USE_LIFE_MS,
     USE_RENEW_S,
     GatewayTelemetry,
     InstanceTelemetry,
+    PartTelemetry,
     telemetry_key,
     use_key,
 )
@@ -44,6 +52,7 @@ logger = logging.getLogger(__name__)
 
 ANSWER_WITHIN_S = 2.0
 RECONNECT_S = 0.5
+LOADING_PERIOD_S = 0.25  # between two looks while somebody wants what is not there
 _FAILURES = (RedisError, OSError, TimeoutError)
 
 
@@ -56,10 +65,14 @@ def _report(task: asyncio.Task[None]) -> None:
 class ControlLink:
     """One gateway's link. Created and used on the event loop."""
 
-    def __init__(self, url: str, gateway: str, node: str, slots: Slots, on_hint: Callable[[], None]) -> None:
+    def __init__(
+        self, url: str, gateway: str, node: str, *, slots: Slots, demand: Demand, loads: Loads, on_hint: Callable[[], None]
+    ) -> None:
         self._gateway = gateway
         self._node = node
         self._slots = slots
+        self._demand = demand
+        self._loads = loads
         self._on_hint = on_hint
         retry = Retry(NoBackoff(), 1)
         self._commands = Redis.from_url(url, retry=retry, socket_timeout=ANSWER_WITHIN_S, socket_connect_timeout=ANSWER_WITHIN_S)
@@ -71,6 +84,7 @@ class ControlLink:
         self._instances: dict[str, Backend] = {}  # by use key: those to be held, or held until their last request ends
         self._held: set[str] = set()
         self._renewed_at = 0.0
+        self._announced = 0  # demands the control plane has been woken for
         self.up: bool | None = None  # None before the first try
 
     async def start(self) -> None:
@@ -102,7 +116,7 @@ class ControlLink:
         self._wake.set()
 
     def hasten(self) -> None:
-        """There is a key to give back: do not wait for the next period."""
+        """There is a key to give back or a demand to announce: do not wait for the next period."""
         self._wake.set()
 
     async def _run(self) -> None:
@@ -120,15 +134,17 @@ class ControlLink:
                 self._lost(error)
             self._tried.set()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(TELEMETRY_PERIOD_S):
+                async with asyncio.timeout(LOADING_PERIOD_S if self._demand else TELEMETRY_PERIOD_S):
                     await self._wake.wait()
 
     async def _beat(self) -> None:
-        """One round trip: telemetry, the use keys that are due, and those that are done with."""
+        """One round trip: telemetry, demand, the use keys that are due, and those that are done with."""
         done = [key for key, backend in self._instances.items() if backend.retired and not backend.in_flight]
         for key in done:
             del self._instances[key]
-        wanted = dict(self._instances)
+        self._held.difference_update(done)  # before it is asked for: one that comes back meanwhile needs a new key
+        self._demand.review(self._models, self._slots.queued)
+        begun, wanted = self._demand.begun, dict(self._instances)
         now = time.monotonic()
         due = now - self._renewed_at >= USE_RENEW_S or not self.up
         renewed = wanted if due else {key: backend for key, backend in wanted.items() if key not in self._held}
@@ -138,11 +154,16 @@ class ControlLink:
                 pipe.set(key, "1", px=USE_LIFE_MS)
             if done:
                 pipe.delete(*done)
-            await pipe.execute()
+            if begun != self._announced:
+                pipe.publish(DEMAND, self._gateway)  # after the telemetry that says what it is
+            if self._demand:
+                pipe.hgetall(LOADS)
+            answers = await pipe.execute()
+        self._loads.take_over(answers[-1] if isinstance(answers[-1], dict) else {})
         if due:
             self._renewed_at = now
+        self._announced = begun
         self._held.update(renewed)
-        self._held.difference_update(done)
         self._found(wanted)
 
     def _found(self, held: Mapping[str, Backend]) -> None:
@@ -187,14 +208,18 @@ class ControlLink:
                     "in_flight": backend.in_flight,
                     "last_byte_s": None if backend.last_byte is None else now - backend.last_byte,
                     "last_end_s": None if backend.last_end is None else now - backend.last_end,
+                    "silent_s": backend.silent_s(now),
                 }
+        models = {
+            name: {part: self._queue_telemetry(name, part) for part in model.parts}
+            for name, model in self._models.items()
+            if model.local
+        }
+        return {"gateway": self._gateway, "node": self._node, "instances": instances, "models": models}
+
+    def _queue_telemetry(self, name: str, part: str) -> PartTelemetry:
         return {
-            "gateway": self._gateway,
-            "node": self._node,
-            "instances": instances,
-            "models": {
-                name: {"queued": self._slots.queued(name), "oldest_wait_s": self._slots.oldest_wait_s(name)}
-                for name, model in self._models.items()
-                if model.local
-            },
+            "queued": self._slots.queued(name, part),
+            "oldest_wait_s": self._slots.oldest_wait_s(name, part),
+            "wanted": self._demand.stands(name, part),
         }

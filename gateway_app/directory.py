@@ -11,7 +11,7 @@ import logging
 from collections.abc import Hashable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 from gateway_app.routing.backends import Backend, Header, Model, Offer
@@ -21,10 +21,14 @@ from models_app.contracts.traits import TRAITS, EngineTraits, endpoints_of
 logger = logging.getLogger(__name__)
 
 READY = "READY"
+DRAINING = "DRAINING"
+FAILED = "FAILED"
 CRASH_LOOP = "CRASH_LOOP"
 STOPPED = "STOPPED"
-# States after which this instance serves nobody again; what is left decides whether a model has failed for good.
-ENDING = frozenset({"DRAINING", "STOPPING", STOPPED})
+# These serve nobody; what is left decides whether a part has failed.
+ENDING = frozenset({DRAINING, "STOPPING", STOPPED})
+# Diagnoses of a FAILED instance that could not even be started: checked again and again, but nothing to wait for.
+REFUSED = frozenset({"preflight", "memory"})
 REMOTE_TRAITS = TRAITS["openai"]
 _NO_TRAITS = EngineTraits("", "", frozenset())
 Backends = MutableMapping[Hashable, Backend]
@@ -39,6 +43,7 @@ class ModelRow:
     engine: str
     roles: tuple[str, ...]
     parts: tuple[str, ...]
+    ctx_size: int
     enabled: bool
     created: int
 
@@ -67,6 +72,7 @@ class InstanceRow:
     address: str
     port: int | None
     reason: str
+    diagnosis: str
     secret: str = field(repr=False)
 
 
@@ -98,22 +104,30 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Directory:
-    """names: every name a client may use, aliases too. models: by their own name. listing: /v1/models, name by name."""
+    """names: every name a client may use, aliases too. models: by their own name. listing: /v1/models, name by name.
+
+    draining: backends kept for their counters, since their instances may return to READY.
+    """
 
     names: Mapping[str, Model] = field(default_factory=dict)
     models: Mapping[str, Model] = field(default_factory=dict)
     backends: Mapping[Hashable, Backend] = field(default_factory=dict)
     listing: Mapping[str, bytes] = field(default_factory=dict)
+    draining: tuple[Backend, ...] = ()
 
 
 def assemble(rows: Rows, known: Backends) -> Directory:
     """The directory of these rows. known: backends of earlier directories still in use; new ones are added to it."""
     backends: dict[Hashable, Backend] = {}
+    draining: list[Backend] = []
     local: dict[int, list[Offer]] = {}
     for instance in rows.instances.values():
-        if instance.state == READY and instance.port is not None and instance.model_id is not None:
+        if instance.state in (READY, DRAINING) and instance.port is not None and instance.model_id is not None:
             model = rows.models.get(instance.model_id)
             backend = _instance_backend(instance, model.roles if model else (), known)
+            if instance.state == DRAINING:
+                draining.append(backend)
+                continue
             backends[backend.ident] = backend
             local.setdefault(instance.model_id, []).append(Offer(backend, instance.model_name))
     remote: dict[str, list[Offer]] = {}
@@ -133,23 +147,23 @@ def assemble(rows: Rows, known: Backends) -> Directory:
         row = rows.models.get(alias.model_id)
         if row is not None and row.name in models:
             names.setdefault(alias.name, models[row.name])
-    return Directory(names, models, backends, {name: _listed(name, model) for name, model in sorted(names.items())})
+    listing = {name: _listed(name, model) for name, model in sorted(names.items())}
+    return Directory(names, models, backends, listing, tuple(draining))
 
 
 def _models(
     rows: Rows, local: Mapping[int, list[Offer]], remote: Mapping[str, list[Offer]], created: Mapping[str, int]
 ) -> dict[str, Model]:
     """Enabled models, and names only remote servers have. A disabled model hides its name at remote servers too."""
-    failures = _failures(rows)
+    live: dict[int, list[InstanceRow]] = {}
+    for instance in rows.instances.values():
+        if instance.model_id is not None and instance.state not in ENDING:
+            live.setdefault(instance.model_id, []).append(instance)
     models: dict[str, Model] = {}
     for row in rows.models.values():
         if row.enabled:
-            elsewhere = remote.get(row.name, [])
-            offers = _by_endpoint([*local.get(row.id, ()), *elsewhere])
-            served = frozenset().union(*(endpoints_of(part, row.roles) for part in row.parts))
-            endpoints = (TRAITS.get(row.engine, _NO_TRAITS).endpoints & served) | frozenset(offers)
-            failure = None if elsewhere else failures.get(row.id)
-            models[row.name] = Model(row.name, row.created, endpoints, offers, local=True, failure=failure)
+            offers = _by_endpoint([*local.get(row.id, ()), *remote.get(row.name, ())])
+            models[row.name] = _local_model(row, offers, live.get(row.id, []))
     configured = {row.name for row in rows.models.values()}
     for name in remote.keys() - configured:
         offers = _by_endpoint(remote[name])
@@ -157,17 +171,27 @@ def _models(
     return models
 
 
-def _failures(rows: Rows) -> dict[int, str]:
-    """Why, for models that have instances and all of them given up."""
-    states: dict[int, list[InstanceRow]] = {}
-    for instance in rows.instances.values():
-        if instance.model_id is not None and instance.state not in ENDING:
-            states.setdefault(instance.model_id, []).append(instance)
-    return {
-        model_id: max(instances, key=lambda instance: instance.id).reason
-        for model_id, instances in states.items()
-        if all(instance.state == CRASH_LOOP for instance in instances)
-    }
+def _local_model(row: ModelRow, offers: dict[str, tuple[Offer, ...]], live: list[InstanceRow]) -> Model:
+    """live: its instances that are not on their way out."""
+    served = frozenset().union(*(endpoints_of(part, row.roles) for part in row.parts))
+    endpoints = (TRAITS.get(row.engine, _NO_TRAITS).endpoints & served) | frozenset(offers)
+    failures: dict[str, str] = {}
+    for part in row.parts:
+        instances = [instance for instance in live if instance.part == part]
+        if instances and all(map(_hopeless, instances)):
+            failures[part] = max(instances, key=lambda instance: instance.id).reason
+    state: Literal["ready", "loading", "failed", "idle"] = "ready" if offers else "idle"
+    if not offers and live:
+        state = "failed" if all(map(_hopeless, live)) else "loading"
+    return Model(
+        row.name, row.created, endpoints, offers,
+        local=True, parts=row.parts, failures=failures, state=state, context_length=row.ctx_size,
+    )  # fmt: skip
+
+
+def _hopeless(instance: InstanceRow) -> bool:
+    """Given up, or refused before it could be started: requests need not wait for it."""
+    return instance.state == CRASH_LOOP or (instance.state == FAILED and instance.diagnosis in REFUSED)
 
 
 def _by_endpoint(offers: list[Offer]) -> dict[str, tuple[Offer, ...]]:
@@ -226,4 +250,5 @@ def _headers(secret: str) -> tuple[Header, ...]:
 
 def _listed(name: str, model: Model) -> bytes:
     entry: dict[str, Any] = {"id": name, "object": "model", "created": model.created, "owned_by": "assistant"}
+    entry |= {"state": model.state, "context_length": model.context_length}
     return json.dumps(entry).encode()

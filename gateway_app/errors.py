@@ -186,12 +186,17 @@ def queue_timeout() -> ApiError:
 # --- engines -----------------------------------------------------------------------------------------------------------
 
 
-def model_loading(eta_s: float | None, state: str = "starting", progress: float | None = None) -> ApiError:
-    """503 with `loading: {state, progress, eta_s}` beside the error. eta_s: None while nobody can tell."""
+def model_loading(eta_s: float | None, state: str = "starting", progress: float | None = None, detail: str = "") -> ApiError:
+    """503 with `loading: {state, progress, eta_s}` beside the error. eta_s: None while nobody can tell.
+
+    state: "waiting" where the load has not begun; detail says in a sentence what it waits for.
+    """
+    now = "The model waits to be loaded." if state == "waiting" else "The model is being loaded."
+    because = f" {detail}" if detail else ""
     expected = f" It should be ready in about {max(1, math.ceil(eta_s))} s." if eta_s is not None else ""
     return ApiError(
         503,
-        f"The model is being loaded.{expected} Please try again then.",
+        f"{now}{because}{expected} Please try again {'shortly' if eta_s is None else 'then'}.",
         SERVER_ERROR,
         "model_loading",
         headers=_retry_after(5 if eta_s is None else eta_s),

@@ -19,10 +19,13 @@ from gateway_app.endpoints.http import Receive, Scope, Send
 from gateway_app.endpoints.inference import Parts
 from gateway_app.endpoints.readiness import Readiness
 from gateway_app.endpoints.relay import Patience, SlowReaders
+from gateway_app.endpoints.waiting import WaitingRoom
 from gateway_app.keys import Keys
 from gateway_app.limits import Limits
+from gateway_app.loads import Loads
 from gateway_app.metering import Meter
 from gateway_app.routing.backends import Backend
+from gateway_app.routing.demand import Demand
 from gateway_app.routing.slots import Slots
 from gateway_app.snapshot import Feed, Update
 from gateway_app.upstream.http import UpstreamPool
@@ -70,13 +73,17 @@ class Gateway:
         self.pool = UpstreamPool()
         self.meter = Meter(config.spool_dir, self.id)
         self.slots = Slots(drained=lambda _: self.link.hasten())
-        self.link = ControlLink(config.redis_url, self.id, config.node, self.slots, self.feed.hint)
+        self.demand = Demand(first=lambda: self.link.hasten())
+        loads = Loads()
+        self.link = ControlLink(
+            config.redis_url, self.id, config.node, slots=self.slots, demand=self.demand, loads=loads, on_hint=self.feed.hint
+        )
         self.readers = SlowReaders(config.patience)
         self.console = console
         parts = Parts(
             directory=lambda: self.directory, keys=self.keys, limits=self.limits, meter=self.meter, slots=self.slots,
-            pool=self.pool, readers=self.readers, patience=config.patience, unreachable=self._unreachable,
-            max_body=config.max_body, max_wait_s=config.max_wait_s,
+            waiting_room=WaitingRoom(self.slots, self.demand, loads), pool=self.pool, readers=self.readers,
+            patience=config.patience, unreachable=self._unreachable, max_body=config.max_body, max_wait_s=config.max_wait_s,
         )  # fmt: skip
         checks = {
             "not_draining": lambda: not self.draining,

@@ -21,12 +21,13 @@ logger = logging.getLogger(__name__)
 
 PAGE = 2000  # rows turned into records without letting go of the interpreter for long
 MODEL = (
-    "name", "engine", "chat_model_path", "embedding_model_path", "tts_model_path", "one_process", "enabled", "created_at",
+    "name", "engine", "chat_model_path", "embedding_model_path", "tts_model_path", "one_process", "ctx_size", "enabled",
+    "created_at",
 )  # fmt: skip
 ALIAS = ("name", "model_id")
 INSTANCE = (
     "model_id", "model_name", "part", "engine", "state", "generation", "slots", "node__address", "port", "exit_reason",
-    "engine_secret",
+    "diagnosis", "engine_secret",
 )  # fmt: skip
 REMOTE = ("name", "kind", "address", "models", "weight", "enabled", "max_in_flight", "created_at", "secret")
 KEY = (
@@ -84,10 +85,10 @@ def removed_keys(since: int) -> tuple[int, ...]:
 
 def _tables(rows: Rows, secret: str) -> Iterator[tuple[type[DjangoModel], QuerySet[Any], tuple[str, ...], Callable[[Any], None]]]:
     def take_model(values: Any) -> None:
-        row_id, name, engine, chat, embedding, speech, one_process, enabled, created = values
+        row_id, name, engine, chat, embedding, speech, one_process, ctx_size, enabled, created = values
         roles = roles_of(chat, embedding, speech)
         parts = parts_of(roles, one_process)
-        rows.models[row_id] = ModelRow(row_id, name, engine, roles, parts, enabled, int(created.timestamp()))
+        rows.models[row_id] = ModelRow(row_id, name, engine, roles, parts, ctx_size, enabled, int(created.timestamp()))
 
     def take_alias(values: Any) -> None:
         rows.aliases[values[0]] = AliasRow(*values)

@@ -81,8 +81,9 @@ class Exchange:
         """A slot was given to this request."""
         self.offer = offer
         self.outcome.backend = offer.backend.name
+        offer.backend.running[self] = now = time.monotonic()
         if self.seated_at is None:
-            self.seated_at = time.monotonic()
+            self.seated_at = now
 
     def saw_bytes(self, now: float) -> None:
         """The backend sent something at this monotonic time."""
@@ -130,4 +131,5 @@ class Exchange:
             response.release()  # pooled if it was read to its end, closed at once if not
         offer, self.offer = self.offer, None
         if offer is not None:
+            offer.backend.running.pop(self, None)
             self._slots.release(offer.backend)

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 
 from gateway_app import errors
 from gateway_app.directory import Directory
-from gateway_app.endpoints import waiting
 from gateway_app.endpoints.body import Call, parse
 from gateway_app.endpoints.exchange import Exchange
 from gateway_app.endpoints.http import ClientGone, Request
 from gateway_app.endpoints.interruption import Reason
 from gateway_app.endpoints.relay import Patience, SlowReaders, StreamAborted
+from gateway_app.endpoints.waiting import WaitingRoom, deadline
 from gateway_app.keys import KeyRecord, Keys
 from gateway_app.limits import Limits
 from gateway_app.metering import Meter
@@ -51,6 +51,7 @@ class Parts:
     limits: Limits
     meter: Meter
     slots: Slots
+    waiting_room: WaitingRoom
     pool: UpstreamPool
     readers: SlowReaders
     patience: Patience
@@ -147,10 +148,8 @@ class Inference:
             model = exchange.model = self._model(exchange.call, exchange.key)  # there may be new backends by now
         offer = parts.slots.take(model, endpoint, excluded)
         if offer is None:
-            if model.failure is not None:
-                raise waiting.failed(model, exchange.key)
-            until = waiting.deadline(exchange.request, exchange.call.stream, parts.max_wait_s)
-            offer = await waiting.wait_for_slot(parts.slots, model, endpoint, excluded, until, exchange.key)
+            until = deadline(exchange.request, exchange.call.stream, parts.max_wait_s)
+            offer = await parts.waiting_room.wait(model, endpoint, excluded, until, exchange.key)
         exchange.seat(offer)
 
     def _another(self, exchange: Exchange, refused: bool) -> bool:

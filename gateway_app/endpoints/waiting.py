@@ -1,4 +1,4 @@
-"""Waiting for a slot, for as long as the caller and the model allow."""
+"""Waiting for a slot, for as long as the caller and the model allow, also for a model that must be loaded first."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from collections.abc import Collection
 from gateway_app import errors
 from gateway_app.endpoints.http import Request
 from gateway_app.keys import KeyRecord
+from gateway_app.loads import Loads
 from gateway_app.routing.backends import Backend, Model, Offer
+from gateway_app.routing.demand import Demand
 from gateway_app.routing.slots import Refusal, Slots, Waiter
 
 STREAM_MAX_WAIT_S = 600.0  # a stream is kept warm by pings meanwhile; still nobody waits for ever
@@ -26,55 +28,79 @@ def deadline(request: Request, stream: bool, max_wait_s: float) -> float:
     return request.received + limit
 
 
-def out_of_time(model: Model, endpoint: str) -> errors.ApiError:
-    """What to tell somebody who has waited long enough."""
-    if not model.offers.get(endpoint):
-        return errors.model_loading(None)
-    return errors.queue_timeout()
+class WaitingRoom:
+    """Where requests wait that found no slot, and what they are told when they have waited in vain."""
+
+    def __init__(self, slots: Slots, demand: Demand, loads: Loads) -> None:
+        self._slots = slots
+        self._demand = demand
+        self._loads = loads
+
+    async def wait(self, model: Model, endpoint: str, excluded: Collection[Backend], until: float, key: KeyRecord) -> Offer:
+        """A slot, in turn. Raises server_overloaded, queue_timeout, model_loading, model_failed or model_not_found.
+
+        Cancelling leaves the queue; a slot granted in that very moment goes to the next.
+        """
+        slots, loop, part = self._slots, asyncio.get_running_loop(), model.part(endpoint)
+        if not model.offers.get(endpoint):
+            self._demand.ask(model, part)
+        if (failure := model.failure(endpoint)) is not None:
+            raise _failed(failure, key)
+        if until <= loop.time():
+            raise self._out_of_time(model, endpoint, key)
+        future: asyncio.Future[Offer] = loop.create_future()
+        waiter = Waiter(
+            endpoint,
+            lambda offer: self._grant(future, offer),
+            lambda why: _fail(future, self._refusal(why, model, endpoint, key)),
+            excluded,
+        )
+        if not slots.enqueue(model, waiter):
+            raise errors.server_overloaded(slots.retry_after_s(model.name, part))
+        timer = loop.call_at(until, lambda: _fail(future, self._out_of_time(model, endpoint, key)))
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                slots.release(future.result().backend)
+            raise
+        finally:
+            timer.cancel()
+            slots.leave(model, waiter)
+
+    def _grant(self, future: asyncio.Future[Offer], offer: Offer) -> None:
+        if future.done():  # cancelled or out of time, and not out of the queue yet
+            self._slots.release(offer.backend)
+        else:
+            future.set_result(offer)
+
+    def _refusal(self, why: Refusal, model: Model, endpoint: str, key: KeyRecord) -> errors.ApiError:
+        if why is Refusal.MODEL_GONE:
+            return errors.model_not_found(model.name)
+        return _failed(self._slots.latest(model).failure(endpoint) or "", key)
+
+    def _out_of_time(self, model: Model, endpoint: str, key: KeyRecord) -> errors.ApiError:
+        """What to tell somebody who has waited long enough: whether for a slot or for the model, as of now."""
+        model = self._slots.latest(model)
+        if model.offers.get(endpoint):
+            return errors.queue_timeout()
+        load = self._loads.find(model.name, model.part(endpoint))
+        if load is None:
+            return errors.model_loading(None)
+        detail = load["detail"] if _may_know_of_others(key) else ""
+        return errors.model_loading(load["eta_s"], load["state"], load["progress"], detail)
 
 
-def failed(model: Model, key: KeyRecord) -> errors.ApiError:
+def _failed(reason: str, key: KeyRecord) -> errors.ApiError:
     """The diagnosis for administrators, a plain sentence for others."""
-    if _ADMIN in key.scopes and model.failure:
-        return errors.model_failed(model.failure)
+    if _ADMIN in key.scopes and reason:
+        return errors.model_failed(reason)
     return errors.model_failed("The model failed to start. An administrator has been told why.")
 
 
-async def wait_for_slot(
-    slots: Slots, model: Model, endpoint: str, excluded: Collection[Backend], until: float, key: KeyRecord
-) -> Offer:
-    """A slot, in turn. Raises server_overloaded, queue_timeout, model_loading, model_failed or model_not_found.
-
-    Cancelling leaves the queue; a slot granted in that very moment goes to the next.
-    """
-    loop = asyncio.get_running_loop()
-    if until <= loop.time():
-        raise out_of_time(model, endpoint)
-    future: asyncio.Future[Offer] = loop.create_future()
-
-    def refused(why: Refusal) -> None:
-        _fail(future, errors.model_not_found(model.name) if why is Refusal.MODEL_GONE else failed(model, key))
-
-    waiter = Waiter(endpoint, lambda offer: _grant(slots, future, offer), refused, excluded)
-    if not slots.enqueue(model, waiter):
-        raise errors.server_overloaded(slots.retry_after_s(model.name))
-    timer = loop.call_at(until, lambda: _fail(future, out_of_time(model, endpoint)))
-    try:
-        return await future
-    except asyncio.CancelledError:
-        if future.done() and not future.cancelled() and future.exception() is None:
-            slots.release(future.result().backend)
-        raise
-    finally:
-        timer.cancel()
-        slots.leave(model, waiter)
-
-
-def _grant(slots: Slots, future: asyncio.Future[Offer], offer: Offer) -> None:
-    if future.done():  # cancelled or out of time, and not out of the queue yet
-        slots.release(offer.backend)
-    else:
-        future.set_result(offer)
+def _may_know_of_others(key: KeyRecord) -> bool:
+    """What a load waits for may be another model, whose name a key for some models only must not learn."""
+    return key.models is None or _ADMIN in key.scopes
 
 
 def _fail(future: asyncio.Future[Offer], error: errors.ApiError) -> None:

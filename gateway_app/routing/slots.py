@@ -1,5 +1,7 @@
 """Bounded in-flight requests per backend, and who waits for a slot. Pure: no Django, no I/O; the event loop is the caller's.
 
+Every part of a model has a queue of its own: who waits for embeddings never stands behind who waits for chat.
+
 Invariant: nobody waits for a slot that is free and that he could use. Whatever frees or adds a slot (release, refresh,
 reopened) hands it to a waiter at once, so a free slot seen by a new request belongs to nobody, and nobody is overtaken.
 """
@@ -37,6 +39,7 @@ class Waiter:
     refused: Callable[[Refusal], None]
     excluded: Collection[Backend] = ()
     since: float = field(default_factory=time.monotonic)
+    part: str = ""  # whose queue it is in, set by Slots
 
 
 @dataclass(slots=True)
@@ -60,7 +63,7 @@ class Slots:
         self._clock = clock
         self._drained = drained
         self._models: Mapping[str, Model] = {}
-        self._queues: dict[str, _Queue] = {}
+        self._queues: dict[tuple[str, str], _Queue] = {}  # by model and part
         self._picks = 0
         self.waiting = 0
 
@@ -82,8 +85,9 @@ class Slots:
 
     def enqueue(self, model: Model, waiter: Waiter) -> bool:
         """Queue behind everybody else; False where the queue is full."""
-        queue = self._queues.setdefault(model.name, _Queue())
-        if len(queue.waiters) >= max(QUEUE_AT_LEAST, QUEUE_PER_SLOT * model.slots):
+        waiter.part = model.part(waiter.endpoint)
+        queue = self._queues.setdefault((model.name, waiter.part), _Queue())
+        if len(queue.waiters) >= max(QUEUE_AT_LEAST, QUEUE_PER_SLOT * model.slots(waiter.part)):
             return False
         queue.waiters.append(waiter)
         self.waiting += 1
@@ -91,7 +95,7 @@ class Slots:
 
     def leave(self, model: Model, waiter: Waiter) -> None:
         """Leave the queue; nothing happens to somebody who is not in it any more."""
-        queue = self._queues.get(model.name)
+        queue = self._queues.get((model.name, waiter.part))
         if queue is not None and waiter in queue.waiters:
             queue.waiters.remove(waiter)
             self.waiting -= 1
@@ -99,35 +103,43 @@ class Slots:
     def refresh(self, models: Mapping[str, Model]) -> None:
         """A new snapshot, by the models' own names: new slots are handed out, waiters without hope are sent away."""
         self._models = models
-        for name, queue in list(self._queues.items()):
+        for (name, part), queue in list(self._queues.items()):
             model = models.get(name)
             if model is None:
-                self._refuse(queue, Refusal.MODEL_GONE)
-                del self._queues[name]
-            elif model.failure is not None:
-                self._refuse(queue, Refusal.MODEL_FAILED)
-            elif queue.waiters:
-                for backend in {offer.backend for offers in model.offers.values() for offer in offers}:
-                    self._hand_out(backend)
+                self._refuse(queue, set(queue.waiters), Refusal.MODEL_GONE)
+                del self._queues[name, part]
+            elif any(model.part(waiter.endpoint) != part for waiter in queue.waiters):
+                self._move(model, self._queues.pop((name, part)))
+        for name in {name for (name, _), queue in self._queues.items() if queue.waiters}:
+            for backend in {offer.backend for offers in models[name].offers.values() for offer in offers}:
+                self._hand_out(backend)
+        for (name, _), queue in self._queues.items():
+            if models[name].failures:
+                hopeless = {waiter for waiter in queue.waiters if models[name].failure(waiter.endpoint) is not None}
+                self._refuse(queue, hopeless, Refusal.MODEL_FAILED)
 
     def reopened(self, backend: Backend) -> None:
         """The backend may be used again."""
         if self.waiting:
             self._hand_out(backend)
 
-    def queued(self, name: str) -> int:
-        """How many wait for this model."""
-        queue = self._queues.get(name)
+    def latest(self, model: Model) -> Model:
+        """The same model as the newest snapshot has it; as it was where it is gone."""
+        return self._models.get(model.name, model)
+
+    def queued(self, name: str, part: str) -> int:
+        """How many wait for this part of a model."""
+        queue = self._queues.get((name, part))
         return len(queue.waiters) if queue else 0
 
-    def oldest_wait_s(self, name: str) -> float:
-        """How long the first in this model's queue has waited; 0 with nobody there."""
-        queue = self._queues.get(name)
+    def oldest_wait_s(self, name: str, part: str) -> float:
+        """How long the first in this queue has waited; 0 with nobody there."""
+        queue = self._queues.get((name, part))
         return self._clock() - queue.waiters[0].since if queue and queue.waiters else 0.0
 
-    def retry_after_s(self, name: str) -> float:
+    def retry_after_s(self, name: str, part: str) -> float:
         """When a full queue should have drained, from the rate it drains at: 1 to MAX_RETRY_AFTER_S seconds."""
-        queue = self._queues.get(name)
+        queue = self._queues.get((name, part))
         expected = len(queue.waiters) * queue.interval_s if queue else 0.0
         return min(MAX_RETRY_AFTER_S, max(1.0, expected))
 
@@ -145,7 +157,7 @@ class Slots:
 
     def _oldest_for(self, backend: Backend) -> tuple[_Queue, Waiter, Offer] | None:
         found: tuple[_Queue, Waiter, Offer] | None = None
-        for name, queue in self._queues.items():
+        for (name, _), queue in self._queues.items():
             model = self._models.get(name)
             candidate = self._first_for(backend, model, queue) if model is not None and queue.waiters else None
             if candidate is not None and (found is None or candidate[0].since < found[1].since):
@@ -161,8 +173,17 @@ class Slots:
                     return waiter, offers[waiter.endpoint]
         return None
 
-    def _refuse(self, queue: _Queue, why: Refusal) -> None:
-        waiters, queue.waiters = queue.waiters, deque()
+    def _move(self, model: Model, old: _Queue) -> None:
+        """The model's parts have changed: its waiters go on waiting for what answers them now, each at his place in time."""
+        for waiter in old.waiters:
+            waiter.part = model.part(waiter.endpoint)
+            self._queues.setdefault((model.name, waiter.part), _Queue()).waiters.append(waiter)
+        for part in {waiter.part for waiter in old.waiters}:
+            queue = self._queues[model.name, part]
+            queue.waiters = deque(sorted(queue.waiters, key=lambda waiter: waiter.since))
+
+    def _refuse(self, queue: _Queue, waiters: set[Waiter], why: Refusal) -> None:
         self.waiting -= len(waiters)
+        queue.waiters = deque(waiter for waiter in queue.waiters if waiter not in waiters)
         for waiter in waiters:
             waiter.refused(why)

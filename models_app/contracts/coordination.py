@@ -37,6 +37,7 @@ class InstanceTelemetry(TypedDict):
     in_flight: int
     last_byte_s: float | None  # seconds since a byte came from it, None if never
     last_end_s: float | None  # seconds since a request to it ended, None if never
+    silent_s: float | None  # how long something has run there and no byte come; None with nothing in flight
 
 
 class PartTelemetry(TypedDict):

@@ -123,8 +123,8 @@ async def test_telemetry_says_what_is_queued_and_busy_and_everything_goes_at_the
     row = await in_database(lambda: cast.instance(cast.model(slots=1), upstream.port))
     gateway = await serve(redis_url=url(broker))
     calls = [asyncio.create_task(gateway.chat()) for _ in range(2)]
-    await until(lambda: gateway.gateway.slots.queued("tiny") == 1 and upstream.requests)
-    while not (found := await telemetry(gateway, live))["models"]["tiny"]["queued"]:
+    await until(lambda: gateway.gateway.slots.queued("tiny", "chat") == 1 and upstream.requests)
+    while not (found := await telemetry(gateway, live))["models"]["tiny"]["chat"]["queued"]:
         await asyncio.sleep(0.01)
     assert found["gateway"] == gateway.gateway.id
     assert found["instances"][f"{row.pk}:1"]["in_flight"] == 1

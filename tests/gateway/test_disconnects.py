@@ -85,7 +85,7 @@ async def test_while_waiting_for_a_slot(cast: Cast, serve: Serve, engine: Engine
     await in_database(lambda: cast.instance(cast.model(), None, State.STARTING))
     gateway = await serve()
     _, writer = await gateway.open_chat(stream=stream)
-    await until(lambda: gateway.gateway.slots.queued("tiny") == 1)
+    await until(lambda: gateway.gateway.slots.queued("tiny", "chat") == 1)
     writer.close()
     await ended(gateway)
 
@@ -104,7 +104,7 @@ async def test_its_slot_goes_to_the_next_in_the_queue(cast: Cast, serve: Serve, 
     _, writer = await gateway.open_chat(seed=0)
     await upstream.until(lambda: len(upstream.requests) == 1)
     second = asyncio.create_task(gateway.chat(seed=1))
-    await until(lambda: gateway.gateway.slots.queued("tiny") == 1)
+    await until(lambda: gateway.gateway.slots.queued("tiny", "chat") == 1)
     writer.close()
     assert (await second).status_code == 200
 

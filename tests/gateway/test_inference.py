@@ -290,7 +290,7 @@ async def test_a_request_waits_for_the_restart_of_an_instance_that_is_not_there(
     made = await in_database(lambda: cast.instance(cast.model(), 1))  # nothing listens at port 1
     gateway = await serve()
     reply = asyncio.create_task(gateway.chat())
-    await until(lambda: gateway.gateway.slots.queued("tiny") == 1)
+    await until(lambda: gateway.gateway.slots.queued("tiny", "chat") == 1)
 
     def restarted() -> None:
         made.generation, made.port = 2, upstream.port

@@ -23,7 +23,9 @@ def backend(name: str = "b", slots: int = 1, **fields: Any) -> Backend:
 
 def model(*backends: Backend, name: str = "m", failure: str | None = None) -> Model:
     offers = tuple(Offer(each, name) for each in backends)
-    return Model(name, 0, frozenset({CHAT}), {CHAT: offers} if offers else {}, local=True, failure=failure)
+    failures = {} if failure is None else {"chat": failure}
+    offered = {CHAT: offers} if offers else {}
+    return Model(name, 0, frozenset({CHAT}), offered, local=True, parts=("chat",), failures=failures)
 
 
 class Clock:
@@ -180,13 +182,13 @@ def test_the_queue_is_bounded_and_says_when_to_come_back() -> None:
     for number in range(QUEUE_AT_LEAST):
         queue.wait(str(number), chat)
     assert not queue.slots.enqueue(chat, Waiter(CHAT, lambda _: None, lambda _: None))
-    assert queue.slots.retry_after_s("m") == 1.0
+    assert queue.slots.retry_after_s("m", "chat") == 1.0
     for _ in range(20):
         queue.clock.now += 0.1
         queue.slots.release(only)
-    assert 10 < queue.slots.retry_after_s("m") < 30  # some 236 waiters at a tenth of a second each
-    assert queue.slots.queued("m") == QUEUE_AT_LEAST - 20
-    assert queue.slots.oldest_wait_s("m") > 0
+    assert 10 < queue.slots.retry_after_s("m", "chat") < 30  # some 236 waiters at a tenth of a second each
+    assert queue.slots.queued("m", "chat") == QUEUE_AT_LEAST - 20
+    assert queue.slots.oldest_wait_s("m", "chat") > 0
 
 
 @given(st.integers(0, 2**32))
@@ -216,7 +218,7 @@ def test_whatever_happens_no_slot_is_lost_given_twice_or_left_free(seed: int) ->
             assert each.in_flight == holders.count(each) <= each.slots
         for served in models:
             free = any(offer.backend.has_room for offer in served.offers[CHAT])
-            assert not (free and slots.queued(served.name))
+            assert not (free and slots.queued(served.name, "chat"))
     while holders:
         slots.release(holders.pop())
     assert not any(each.in_flight for each in backends)

@@ -202,10 +202,10 @@ def test_a_model_fails_only_when_all_its_instances_have_given_up(cast: Cast) -> 
     other = cast.instance(model, None, State.STARTING)
     copy = Copy()
     copy.read()
-    assert copy.directory.names["tiny"].failure is None
+    assert copy.directory.names["tiny"].failures == {}
     Instance.objects.filter(pk=other.pk).update(state=State.STOPPED)
     copy.read()
-    assert copy.directory.names["tiny"].failure == "bad file"
+    assert copy.directory.names["tiny"].failures == {"chat": "bad file"}
 
 
 def test_a_missing_counter_is_a_database_error(cast: Cast) -> None:

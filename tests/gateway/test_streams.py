@@ -284,7 +284,7 @@ async def test_what_fails_after_the_pings_began_is_told_in_band(cast: Cast, serv
     await in_database(lambda: cast.instance(cast.model(), None, State.STARTING))
     gateway = await serve(patience=Patience(hold_s=0.05, ping_s=0.05))
     reading = asyncio.create_task(read_until_cut(gateway))
-    await until(lambda: gateway.gateway.slots.queued("tiny") == 1)
+    await until(lambda: gateway.gateway.slots.queued("tiny", "chat") == 1)
     made = gateway.gateway.directory.models["tiny"]
     assert made.local
 
