@@ -44,7 +44,7 @@ WATCHED = (
         "models_app_instance",
         (
             "model_id", "model_name", "part", "node_id", "engine", "state", "generation", "slots", "ctx_size", "engine_secret",
-            "port",
+            "port", "diagnosis",
         ),
     ),
     Watched("models_app_remoteserver", ("name", "kind", "address", "models", "weight", "enabled", "max_in_flight", "secret")),
