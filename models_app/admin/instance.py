@@ -13,15 +13,15 @@ from django.db.models import QuerySet
 from django.http import HttpRequest, HttpResponse
 from django.template.response import TemplateResponse
 from django.urls import URLPattern, path, reverse
-from django.utils import timezone
 from django.utils.html import format_html
 from django.utils.safestring import SafeString
 from unfold.contrib.filters.admin import ChoicesDropdownFilter, DropdownFilter, RelatedDropdownFilter
 
-from models_app import operations, run_log, tasks
+from models_app import diagnosis, operations, run_log, tasks
+from models_app.admin import exit_card
 from models_app.admin.base import NOTHING, Admin, age, column, confirmed, done, size
 from models_app.exceptions import AssistantError
-from models_app.models import Instance, State
+from models_app.models import Incident, Instance, State
 from models_app.models.instance import WITH_PROCESS
 
 LABELS = {
@@ -34,12 +34,9 @@ LABELS = {
     State.FAILED: "danger",
     State.CRASH_LOOP: "danger",
 }
-TITLES = {
-    State.FAILED: "This process failed and will be tried again",
-    State.CRASH_LOOP: "This process failed too often; nothing is tried any more until you restart it or change the model",
-}
-CARD_LINES = 40
 LINE_CHOICES = (200, 1000, 5000)
+HISTORY_ROWS = 10
+RUNS_SHOWN = 10
 ENDED = "ended"
 ALL = "all"
 
@@ -59,19 +56,6 @@ class ShownFilter(DropdownFilter):  # type: ignore[misc]  # unfold has no types
             return instances
         ended = instances.filter(state=State.STOPPED)
         return ended if self.value() == ENDED else instances.exclude(state=State.STOPPED)
-
-
-@dataclass(frozen=True, slots=True)
-class ExitCard:
-    """The failure as it is shown: what, since when, likely cause with remedy, evidence, what happens next."""
-
-    title: str
-    since: SafeString | str
-    reason: str
-    how: str
-    lines: str
-    next_attempt: SafeString | str
-    failing: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,37 +87,31 @@ class LogView:
     @property
     def url(self) -> str:
         """Where the same lines can be asked for again."""
-        return f"{reverse('admin:models_app_instance_log', args=[self.instance.pk])}?run={self.run}&lines={self.lines}"
+        return self._url(self.run)
+
+    @property
+    def newer_url(self) -> str:
+        """The log of the newest run, empty where this is it."""
+        return self._url(self.instance.generation) if self.run < self.instance.generation else ""
+
+    def _url(self, run: int) -> str:
+        return f"{reverse('admin:models_app_instance_log', args=[self.instance.pk])}?run={run}&lines={self.lines}"
 
 
-def exit_card(instance: Instance) -> ExitCard | None:
-    """The card of the last exit, None where this instance never failed and never ended."""
-    state = State(instance.state)
-    if instance.exited_at is None and not instance.exit_reason:
-        return None
-    return ExitCard(
-        title=TITLES.get(state, "Its last process ended"),
-        since=age(instance.exited_at or instance.state_changed_at),
-        reason=instance.exit_reason or "No reason was recorded.",
-        how=exit_in_words(instance),
-        lines="\n".join(instance.exit_log.splitlines()[-CARD_LINES:]),
-        next_attempt=next_attempt(instance),
-        failing=state in TITLES,
-    )
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A line of an instance's history."""
+
+    incident: Incident
+    when: SafeString | str
+    kind: str
+    again: str
 
 
-def next_attempt(instance: Instance) -> SafeString | str:
-    """When a failed instance is tried again, empty where it is not."""
-    if instance.state != State.FAILED or instance.next_attempt_at is None:
-        return ""
-    return age(instance.next_attempt_at) if instance.next_attempt_at > timezone.now() else "due"
-
-
-def exit_in_words(instance: Instance) -> str:
-    """“exit code 1”, “signal 9”, or nothing."""
-    if instance.exit_signal is not None:
-        return f"signal {instance.exit_signal}"
-    return f"exit code {instance.exit_code}" if instance.exit_code is not None else ""
+def history(instance: Instance) -> list[Failure]:
+    """Its newest failures, the present one among them."""
+    found = Incident.objects.filter(instance_number=instance.pk).defer("log")[:HISTORY_ROWS]
+    return [Failure(one, age(one.at), diagnosis.title(one.diagnosis), exit_card.again(one)) for one in found]
 
 
 @admin.register(Instance)
@@ -214,7 +192,8 @@ class InstanceAdmin(Admin[Instance]):
         if not instance.exit_reason:
             return NOTHING
         short = instance.exit_reason if len(instance.exit_reason) <= 60 else f"{instance.exit_reason[:57]}…"
-        return format_html('<span title="{}">{}</span>', instance.exit_reason, short)
+        kind = diagnosis.title(instance.diagnosis) if instance.diagnosis else short
+        return format_html('<span title="{}">{}</span>', instance.exit_reason, kind)
 
     @column("peak memory of the last run")
     def peak_memory(self, instance: Instance) -> str:
@@ -242,9 +221,10 @@ class InstanceAdmin(Admin[Instance]):
         instance = self.get_object(request, object_id) if object_id else None
         context = {**(extra_context or {})}
         if instance is not None:
-            context["exit_card"] = exit_card(instance)
+            context["card"] = exit_card.of_instance(instance, request)
+            context["history"] = history(instance)
             context["log_runs"] = run_log.runs(instance.pk)
-            context["log"] = LogView.of(instance, instance.generation, CARD_LINES)
+            context["log"] = LogView.of(instance, instance.generation, exit_card.CARD_LINES)
         return super().changeform_view(request, object_id, form_url, context)
 
     def get_urls(self) -> list[URLPattern]:
@@ -257,15 +237,21 @@ class InstanceAdmin(Admin[Instance]):
         runs = run_log.runs(instance.pk)
         run = _number(request.GET.get("run"), runs[0] if runs else instance.generation)
         lines = _number(request.GET.get("lines"), LINE_CHOICES[0])
+        log = LogView.of(instance, run, lines)
+        incident = Incident.objects.filter(instance_number=instance.pk, generation=run).first()
         context = {
             **self.admin_site.each_context(request),
             "title": f"Log of {instance}",
             "instance": instance,
-            "runs": runs,
+            "runs": runs[:RUNS_SHOWN],
+            "older_runs": runs[RUNS_SHOWN:],
             "run": run,
             "line_choices": LINE_CHOICES,
             "lines": lines,
-            "log": LogView.of(instance, run, lines),
+            "log": log,
+            "incident": incident if not log.running else None,
+            "incident_title": diagnosis.title(incident.diagnosis) if incident else "",
+            "kept_lines": incident.log if incident else instance.exit_log if run == instance.generation else "",
         }
         return TemplateResponse(request, "models_app/instance_log.html", context)
 

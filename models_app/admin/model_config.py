@@ -16,6 +16,7 @@ from django.utils.safestring import SafeString
 from unfold.widgets import UnfoldAdminTextareaWidget, UnfoldAdminTextInputWidget
 
 from models_app import model_preflight, model_rules, model_status, operations, tasks
+from models_app.admin import exit_card
 from models_app.admin.base import Admin, RuleForm, column, confirmed, done, size
 from models_app.exceptions import AssistantError, PathNotAllowed
 from models_app.model_status import Condition, ModelStatus
@@ -76,6 +77,7 @@ class ModelConfigAdmin(Admin[ModelConfig]):
     actions_row = ("start", "stop", "restart")
     actions_detail = ("start", "stop", "restart")
     conditional_fields: ClassVar = {"port": "max_replicas == 1"}
+    change_form_outer_before_template = "models_app/model_failures.html"
     change_form_before_template = "models_app/model_card.html"
     fieldsets = (
         (None, {"fields": (("name", "enabled"), "engine")}),
@@ -128,7 +130,8 @@ class ModelConfigAdmin(Admin[ModelConfig]):
     ) -> HttpResponse:
         model = self.get_object(request, object_id) if object_id else None
         status = model_status.status_of(model) if model else None
-        context = {**(extra_context or {}), "status": status, "status_link": _link_to_failure(status)}
+        failures = exit_card.of_model(model, request) if model else []
+        context = {**(extra_context or {}), "status": status, "status_link": _link_to_failure(status), "failures": failures}
         return super().changeform_view(request, object_id, form_url, context)
 
     def save_model(self, request: HttpRequest, obj: ModelConfig, form: ModelForm[ModelConfig], change: bool) -> None:

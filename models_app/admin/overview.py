@@ -15,7 +15,7 @@ from django.utils.safestring import SafeString
 
 from models_app import keys, model_status
 from models_app.admin.base import age, base_url
-from models_app.admin.instance import next_attempt
+from models_app.admin.exit_card import next_attempt
 from models_app.model_status import Condition, ModelStatus
 from models_app.models import APIKey, Instance, ModelConfig, RemoteServer, State, UsageEvent
 

@@ -40,15 +40,25 @@ document.addEventListener("DOMContentLoaded", () => {
   toEnd(document);
 });
 
-// A log opens at its end and stays there while it grows, unless its reader has scrolled up.
+document.addEventListener("change", (event) => {
+  if (event.target.matches("[data-submits]") && event.target.value) event.target.form.submit();
+});
+
+// A log opens at its end and follows what is written. While its reader has scrolled up or selects something, it waits.
 function toEnd(part) {
   for (const log of part.querySelectorAll("[data-log]")) log.scrollTop = log.scrollHeight;
 }
-let atEnd = true;
+function isRead(log) {
+  const selection = document.getSelection();
+  const selects = !selection.isCollapsed && log.contains(selection.anchorNode);
+  return selects || log.scrollHeight - log.scrollTop - log.clientHeight >= 40;
+}
 document.addEventListener("htmx:beforeSwap", (event) => {
   const log = event.target.querySelector("[data-log]");
-  if (log) atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
+  if (!log) return;
+  // Without a log in the answer the session has ended: let the page say so.
+  if (!event.detail.xhr.responseText.includes("data-log")) window.location.reload();
+  if (isRead(log) || !event.detail.xhr.responseText.includes("data-log")) event.detail.shouldSwap = false;
 });
-document.addEventListener("htmx:afterSettle", (event) => {
-  if (atEnd) toEnd(event.target);
-});
+document.addEventListener("htmx:afterSettle", (event) => toEnd(event.target));
+document.addEventListener("toggle", (event) => toEnd(event.target), true);
