@@ -393,6 +393,9 @@ class Guest(HTTPServer):
         self.behaviour = behaviour
         super().__init__(where, Handler)
 
+    def handle_error(self, request: object, client_address: object) -> None:
+        say(f"[WARN] connection ended: {sys.exc_info()[1]!r}")
+
 
 class Refused(Exception):
     """str() is a plain-text answer."""
