@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pwd
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 UNPRIVILEGED = "nobody"
@@ -58,43 +59,58 @@ def _readable_copy(install: Path, folder: Path) -> Path:
     return copy / install.relative_to(site)
 
 
+class Server:
+    """One PostgreSQL over one data folder; it may be ended and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        install = _installation()
+        self._who: dict[str, Any] = {}
+        if os.geteuid() == 0:
+            folder.chmod(0o755)
+            install = _readable_copy(install, folder)
+            self._who = {"user": UNPRIVILEGED}
+        self._program = install / "bin" / "postgres"
+        self._data, self._log = folder / "data", folder / "log"
+        self._data.mkdir(0o700)
+        if self._who:
+            shutil.chown(self._data, UNPRIVILEGED)
+        base = [str(install / "bin" / "initdb"), "-D", str(self._data), "-U", "postgres", "--auth=trust", "--encoding=UTF8", "-N"]
+        subprocess.run(base, check=True, stdout=subprocess.DEVNULL, cwd="/", **self._who)
+        self.url = f"postgres://postgres@{quote(str(self._data), safe='')}/postgres"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        command = [str(self._program), "-D", str(self._data), "-k", str(self._data), "-c", "listen_addresses=", "-c", "fsync=off"]
+        with self._log.open("ab") as output:
+            self._process = subprocess.Popen(command, stdout=output, stderr=output, cwd="/", **self._who)
+        _wait_for_start(self._process, self._data / "postmaster.pid", self._log)
+
+    def stop(self) -> None:
+        """End it at once: whoever is connected is cut off."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGINT)
+            self._process.wait(30)
+            self._process = None
+
+
+@contextlib.contextmanager
+def serving() -> Iterator[Server]:
+    """A fresh server that runs, gone with its data afterwards."""
+    with tempfile.TemporaryDirectory(prefix="ast-pg-", ignore_cleanup_errors=True) as name:
+        server = Server(Path(name))
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()
+
+
 @contextlib.contextmanager
 def running() -> Iterator[str]:
     """Give the DATABASE_URL of a fresh server."""
-    root = os.geteuid() == 0
-    user = UNPRIVILEGED if root else pwd.getpwuid(os.geteuid()).pw_name
-    with tempfile.TemporaryDirectory(prefix="ast-pg-", ignore_cleanup_errors=True) as name:
-        folder = Path(name)
-        install = _installation()
-        if root:
-            folder.chmod(0o755)
-            install = _readable_copy(install, folder)
-        data, log = folder / "data", folder / "log"
-        data.mkdir(0o700)
-        if root:
-            shutil.chown(data, UNPRIVILEGED)
-        who = {"user": user} if root else {}
-        base = [str(install / "bin" / "initdb"), "-D", str(data), "-U", "postgres", "--auth=trust", "--encoding=UTF8", "-N"]
-        subprocess.run(base, check=True, stdout=subprocess.DEVNULL, cwd="/", **who)  # type: ignore[call-overload]
-        command = [
-            str(install / "bin" / "postgres"),
-            "-D",
-            str(data),
-            "-k",
-            str(data),
-            "-c",
-            "listen_addresses=",
-            "-c",
-            "fsync=off",
-        ]
-        with log.open("wb") as output:
-            server = subprocess.Popen(command, stdout=output, stderr=output, cwd="/", **who)  # type: ignore[call-overload]
-        try:
-            _wait_for_start(server, data / "postmaster.pid", log)
-            yield f"postgres://postgres@{quote(str(data), safe='')}/postgres"
-        finally:
-            server.terminate()
-            server.wait(30)
+    with serving() as server:
+        yield server.url
 
 
 def main() -> int:

@@ -141,7 +141,7 @@ class Server:
         )
 
     def slot_list(self) -> list[dict[str, Any]]:
-        busy = [
+        busy: list[dict[str, Any]] = [
             {"id_task": task, "n_prompt_tokens_processed": done[0], "next_token": [{"n_decoded": done[1]}], "is_processing": True}
             for task, done in self.running.items()
         ]
