@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from django.core.exceptions import ValidationError
 from django.db.models import Field, IntegerField, Model, QuerySet
 from django.db.models.fields import BooleanField
+from django.utils import timezone
 from rest_framework import exceptions
 from rest_framework.filters import BaseFilterBackend
 from rest_framework.pagination import CursorPagination, PageNumberPagination
@@ -81,7 +83,8 @@ def _value(model: type[Model], parameter: str, lookup: str, raw: str) -> Any:
         raise exceptions.ValidationError({parameter: error.messages}) from None
     if value is None or "\0" in raw:
         raise exceptions.ValidationError({parameter: ["This value does not fit."]})
-    return value
+    # A time without an offset, such as a bare date, is meant in the server's time zone.
+    return timezone.make_aware(value) if isinstance(value, datetime) and timezone.is_naive(value) else value
 
 
 def _field(model: type[Model], lookup: str) -> Field[Any, Any]:

@@ -13,14 +13,16 @@ from django.db.models import Model
 from drf_spectacular.utils import extend_schema_field
 from rest_framework import serializers
 
-from models_app import keys, model_preflight, model_rules, model_status, nodes
+from models_app import diagnosis, keys, model_preflight, model_rules, model_status, nodes, run_log
 from models_app.api.errors import by_field
 from models_app.api.fields import IdOrName, ObjectField
 from models_app.contracts import secret_box
-from models_app.models import APIKey, Instance, ModelAlias, ModelConfig, Node, RemoteServer, UsageEvent
+from models_app.models import APIKey, Incident, Instance, ModelAlias, ModelConfig, Node, RemoteServer, UsageEvent
 from models_app.models.api_key import default_scopes
 
 M = TypeVar("M", bound=Model)
+
+MAX_INT = 2**31 - 1
 
 
 class CheckedSerializer(serializers.ModelSerializer[M], Generic[M]):
@@ -98,11 +100,47 @@ class InstanceSerializer(serializers.ModelSerializer[Instance]):
     class Meta:
         model = Instance
         fields: ClassVar = [
-            "id", "model", "model_name", "node", "node_name", "engine", "state", "generation", "slots", "ctx_size", "port", "pid",
-            "shim_pid", "created_at", "state_changed_at", "started_at", "ready_at", "deadline_at", "failures", "next_attempt_at",
-            "exit_code", "exit_signal", "exit_reason", "exit_log", "exited_at", "peak_memory_bytes",
+            "id", "model", "model_name", "part", "node", "node_name", "engine", "state", "generation", "slots", "ctx_size",
+            "port", "pid", "shim_pid", "created_at", "state_changed_at", "started_at", "ready_at", "deadline_at", "last_used_at",
+            "memory_bytes", "hold", "hold_reason", "failures", "next_attempt_at", "diagnosis", "exit_code", "exit_signal",
+            "exit_reason", "exit_log", "exited_at", "peak_memory_bytes",
         ]  # fmt: skip
         read_only_fields: ClassVar = fields
+
+
+class LogQuerySerializer(serializers.Serializer[dict[str, int]]):
+    """Which part of an instance's log is wanted."""
+
+    generation = serializers.IntegerField(required=False, min_value=0, max_value=MAX_INT, help_text="Default: the newest run.")
+    lines = serializers.IntegerField(default=200, min_value=1, max_value=run_log.MAX_LINES, help_text="How many of the last.")
+
+
+class LogSerializer(serializers.Serializer[dict[str, Any]]):
+    """The last lines of one run of an instance, as its engine wrote them."""
+
+    generation = serializers.IntegerField()
+    generations = serializers.ListField(child=serializers.IntegerField(), help_text="Runs that have a log here, newest first.")
+    found = serializers.BooleanField(help_text="Whether this node has a log of that run; it lies on the instance's node.")
+    cut = serializers.BooleanField(help_text="Whether there are earlier lines.")
+    lines = serializers.ListField(child=serializers.CharField())
+
+
+class IncidentSerializer(serializers.ModelSerializer[Incident]):
+    """One failure as it was diagnosed; `instance` is null once its row is gone, `instance_number` stays."""
+
+    title = serializers.SerializerMethodField()
+
+    class Meta:
+        model = Incident
+        fields: ClassVar = [
+            "id", "at", "last_at", "count", "diagnosis", "title", "reason", "remedy", "instance", "instance_number", "generation",
+            "model_name", "part", "node_name", "engine", "exit_code", "exit_signal", "peak_memory_bytes", "log",
+        ]  # fmt: skip
+        read_only_fields: ClassVar = fields
+
+    def get_title(self, incident: Incident) -> str:
+        """The diagnosis in a few words."""
+        return diagnosis.title(incident.diagnosis)
 
 
 class NodeSerializer(CheckedSerializer[Node]):

@@ -15,11 +15,11 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.serializers import BaseSerializer
 
-from models_app import fencing, keys, model_status, nodes, operations, tasks
+from models_app import fencing, keys, model_status, nodes, operations, run_log, tasks
 from models_app.api import serializers
 from models_app.api.listing import NewestFirst
 from models_app.api.permissions import MayOperate
-from models_app.models import APIKey, Instance, ModelAlias, ModelConfig, Node, RemoteServer, UsageEvent
+from models_app.models import APIKey, Incident, Instance, ModelAlias, ModelConfig, Node, RemoteServer, UsageEvent
 
 NO_STORE = {"Cache-Control": "no-store"}
 
@@ -109,10 +109,42 @@ class InstanceViewSet(viewsets.ReadOnlyModelViewSet[Instance]):
         """End this process for good; the model gets another if it wants one."""
         return self._operate(operations.stop_instance)
 
+    @extend_schema(parameters=[serializers.LogQuerySerializer], responses=serializers.LogSerializer, filters=False)
+    @action(detail=True, methods=["get"])
+    def log(self, request: Request, pk: str) -> Response:
+        """The last lines of one run's log: a process and each of its restarts is a run (generation)."""
+        instance = self.get_object()
+        asked = serializers.LogQuerySerializer(data=request.query_params)
+        asked.is_valid(raise_exception=True)
+        generations = run_log.runs(instance.pk)
+        newest = generations[0] if generations else instance.generation
+        generation = asked.validated_data.get("generation", newest)
+        tail = run_log.tail(instance.pk, generation, asked.validated_data["lines"])
+        told = {
+            "generation": generation,
+            "generations": generations,
+            "found": tail.found,
+            "cut": tail.cut,
+            "lines": tail.lines,
+        }
+        return Response(serializers.LogSerializer(told).data, headers=NO_STORE)
+
     def _operate(self, operation: Callable[[Instance], Any]) -> Response:
         operation(self.get_object())
         tasks.request_reconcile()
         return Response(self.get_serializer(self.get_object()).data, status=status.HTTP_202_ACCEPTED)
+
+
+class IncidentViewSet(viewsets.ReadOnlyModelViewSet[Incident]):
+    """Failures of engine processes and refused starts, as they were diagnosed; the newest 1,000 of 90 days are kept."""
+
+    queryset = Incident.objects.all()
+    serializer_class = serializers.IncidentSerializer
+    filter_fields: ClassVar = {
+        "diagnosis": "diagnosis", "model_name": "model_name", "instance": "instance_number", "generation": "generation",
+        "node_name": "node_name", "engine": "engine", "part": "part", "since": "at__gte", "until": "at__lt",
+    }  # fmt: skip
+    ordering_fields: ClassVar = ["id", "at", "last_at"]
 
 
 class NodeViewSet(ReconcilingMixin, mixins.UpdateModelMixin, mixins.DestroyModelMixin, viewsets.ReadOnlyModelViewSet[Node]):

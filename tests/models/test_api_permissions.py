@@ -15,7 +15,7 @@ from models_app.models import APIKey, Instance, ModelAlias, ModelConfig, Node, R
 
 pytestmark = pytest.mark.django_db
 
-LISTS = ("models", "model-aliases", "instances", "nodes", "remote-servers", "keys", "users", "requests")
+LISTS = ("models", "model-aliases", "instances", "incidents", "nodes", "remote-servers", "keys", "users", "requests")
 ACTIONS = (
     "models/1/start/",
     "models/1/stop/",
