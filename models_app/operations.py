@@ -6,7 +6,7 @@ from django.utils import timezone
 
 from models_app import lifecycle, reconcile
 from models_app.exceptions import NoNode, StaleTransition
-from models_app.models import Instance, ModelConfig, Node, State
+from models_app.models import Cause, Instance, ModelConfig, Node, State
 
 _GIVEN_UP = (State.FAILED, State.CRASH_LOOP)
 _RUNNING = (State.STARTING, State.READY)
@@ -20,19 +20,21 @@ def _enable(model: ModelConfig, enabled: bool) -> None:
 def start_model(model: ModelConfig) -> None:
     """Enable it and try failed instances again at once; a model that keeps no process by itself gets one.
 
-    Raises NoNode where that one could be placed nowhere.
+    Somebody wants it now, so idle models may be unloaded for it. Raises NoNode where that one could be placed nowhere.
     """
     _enable(model, True)
     live = list(model.instances.live())
     for instance in live:
         if instance.state in _GIVEN_UP:
             lifecycle.reset(instance)
+        if instance.state == State.PENDING:
+            lifecycle.insisted(instance)
     if not live and model.min_replicas == 0:
         for part in model.parts:
             node_id = reconcile.choose_node()
             if node_id is None:
                 raise NoNode(f"No node is ready to start {model.name}; is a worker running?")
-            lifecycle.create(model, Node.objects.get(pk=node_id), part)
+            lifecycle.create(model, Node.objects.get(pk=node_id), part, Cause.MANUAL)
 
 
 def stop_model(model: ModelConfig) -> None:
@@ -60,7 +62,7 @@ def restart_instance(instance: Instance) -> None:
 
 def stop_instance(instance: Instance) -> None:
     """End this one process; reconcile starts another where the model wants more. Raises StaleTransition where it is ending."""
-    if instance.state == State.READY:
+    if instance.state == State.READY or instance.makes_room:
         lifecycle.draining(instance)
     elif instance.state == State.STARTING:
         lifecycle.stopping(instance)

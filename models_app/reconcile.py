@@ -1,4 +1,4 @@
-"""Make observed follow desired. `plan` decides and is pure; `observe` reads and `apply` writes rows.
+"""Make observed follow desired: read the world, have planning.py decide, write rows.
 
 What must happen to processes is returned as Orders: whoever calls has them carried out on the right node.
 """
@@ -6,262 +6,79 @@ What must happen to processes is returned as Orders: whoever calls has them carr
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from datetime import datetime
-from typing import Literal
 
 from django.conf import settings
 from django.utils import timezone
 
-from models_app import coordination, launch_spec, lifecycle, runtime_folder
+from models_app import coordination, launch_spec, lifecycle, runtime_folder, scheduling
 from models_app.exceptions import CoordinationUnavailable, StaleTransition
-from models_app.models import Instance, ModelConfig, Node, State
-from models_app.models.instance import LIVE, WITH_PROCESS
+from models_app.models import DrainReason, Instance, ModelConfig, Node, State
+from models_app.planning import Action, Create, Desired, Drain, Drop, NodeView, Observed, Order, Placement, Reset, World, plan
+from models_app.scheduler import Target
+from models_app.scheduling import PartKey, Traffic
 
 log = logging.getLogger(__name__)
 
 PASSES = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Desired:
-    """One part of one model. replicas is how many processes of it there shall be now, 0 where the model is disabled."""
-
-    model_id: int
-    part: str
-    replicas: int
-    max_replicas: int
-    digest: str
-
-
-@dataclass(frozen=True, slots=True)
-class Observed:
-    """One instance that has not ended. model_id is None once the model is deleted."""
-
-    instance_id: int
-    generation: int
-    model_id: int | None
-    part: str
-    node: str
-    state: State
-    digest: str
-    next_attempt_at: datetime | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class NodeView:
-    """One machine. heard: its worker beats, so orders to it will be carried out."""
-
-    node_id: int
-    name: str
-    heard: bool
-    cordoned: bool
-
-
-@dataclass(frozen=True, slots=True)
-class World:
-    models: Sequence[Desired]
-    instances: Sequence[Observed]
-    nodes: Sequence[NodeView]
-
-
-@dataclass(frozen=True, slots=True)
-class Create:
-    """A new PENDING instance."""
-
-    model_id: int
-    part: str
-    node_id: int
-
-
-@dataclass(frozen=True, slots=True)
-class Reset:
-    """FAILED or CRASH_LOOP → PENDING, for the configuration it failed with has changed."""
-
-    instance_id: int
-    generation: int
-
-
-@dataclass(frozen=True, slots=True)
-class Drop:
-    """PENDING, FAILED or CRASH_LOOP → STOPPED: there is no process to end."""
-
-    instance_id: int
-    generation: int
-
-
-@dataclass(frozen=True, slots=True)
-class Drain:
-    """READY → DRAINING; whoever carries it out orders `advance` on the node."""
-
-    instance_id: int
-    generation: int
-    node: str
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """Something to be done to a process by its node's worker; a stale one does nothing there.
-
-    start: PENDING or FAILED → STARTING. stop: end one that is STARTING. advance: look on, nobody may be looking any more.
-    """
-
-    do: Literal["start", "stop", "advance"]
-    instance_id: int
-    generation: int
-    node: str
-
-
-Action = Create | Reset | Drop | Drain | Order
-
-# Surplus instances go in this order: those that serve nobody first.
-_LEAST_USEFUL_FIRST = (State.CRASH_LOOP, State.FAILED, State.PENDING, State.STARTING, State.READY)
-
-
-@dataclass(slots=True)
-class _Placement:
-    """Where new instances go: the node with the fewest, counted as the plan adds to them."""
-
-    nodes: Sequence[NodeView]
-    load: dict[str, int] = field(default_factory=dict)
-
-    def choose(self) -> NodeView | None:
-        usable = [node for node in self.nodes if node.heard and not node.cordoned]
-        if not usable:
-            return None
-        chosen = min(usable, key=lambda node: (self.load.get(node.name, 0), node.name))
-        self.load[chosen.name] = self.load.get(chosen.name, 0) + 1
-        return chosen
-
-
-def plan(world: World, now: datetime) -> list[Action]:
-    """What to do next. Planning again after its actions took effect leads to rest: no action but `advance`.
-
-    Nodes that are not heard get no orders: nobody would carry them out, and their queue would only grow.
-    """
-    load: dict[str, int] = {}
-    for one in world.instances:
-        load[one.node] = load.get(one.node, 0) + 1
-    placement = _Placement(world.nodes, load)
-    moving = (State.STARTING, State.DRAINING, State.STOPPING)
-    actions: list[Action] = [_order("advance", one) for one in world.instances if one.state in moving]
-    for model in world.models:
-        own = [one for one in world.instances if (one.model_id, one.part) == (model.model_id, model.part)]
-        actions += _plan_model(model, own, placement, now)
-    wanted = {(model.model_id, model.part) for model in world.models}
-    actions += [_end(one) for one in world.instances if (one.model_id, one.part) not in wanted and one.state in LIVE]
-    heard = {node.name for node in world.nodes if node.heard}
-    return [action for action in actions if not isinstance(action, Order) or action.node in heard]
-
-
-def _order(do: Literal["start", "stop", "advance"], one: Observed) -> Order:
-    return Order(do, one.instance_id, one.generation, one.node)
-
-
-def _end(one: Observed) -> Action:
-    if one.state == State.READY:
-        return Drain(one.instance_id, one.generation, one.node)
-    return _order("stop", one) if one.state == State.STARTING else Drop(one.instance_id, one.generation)
-
-
-def _outdated(model: Desired, one: Observed) -> bool:
-    return one.state != State.PENDING and one.digest != model.digest
-
-
-def _plan_model(model: Desired, own: Sequence[Observed], placement: _Placement, now: datetime) -> list[Action]:
-    live = sorted(
-        (one for one in own if one.state in LIVE),
-        key=lambda one: (_LEAST_USEFUL_FIRST.index(one.state), not _outdated(model, one), -one.instance_id),
-    )
-    surplus = max(0, len(live) - model.replicas)
-    going, staying = live[:surplus], live[surplus:]
-    return [
-        *(_end(one) for one in going),
-        *_create(model.replicas - len(live), model, placement),
-        *_replace(model, own, staying, placement),
-        *_start(model, own, staying, now),
-    ]
-
-
-def _create(count: int, model: Desired, placement: _Placement) -> list[Action]:
-    nodes = [placement.choose() for _ in range(count)]
-    return [Create(model.model_id, model.part, node.node_id) for node in nodes if node is not None]
-
-
-def _replace(model: Desired, own: Sequence[Observed], staying: Sequence[Observed], placement: _Placement) -> list[Action]:
-    """Instances launched with another specification: one at a time, and the next only when every new one is READY.
-
-    So a bad configuration takes down one replica and no more. The new one is created first: an interruption between the
-    two leaves one too many rather than one too few.
-    """
-    old = [one for one in staying if _outdated(model, one)]
-    resets: list[Action] = [
-        Reset(one.instance_id, one.generation) for one in old if one.state in (State.FAILED, State.CRASH_LOOP)
-    ]
-    running = [one for one in old if one.state in (State.STARTING, State.READY)]
-    if resets or not running or any(one.state != State.READY for one in own if one not in running):
-        return resets
-    # One that is not ready serves nobody: it goes first.
-    victim = min(running, key=lambda one: (one.state == State.READY, one.instance_id))
-    created = _create(1, model, placement)
-    return [*created, _end(victim)] if created else []
-
-
-def _start(model: Desired, own: Sequence[Observed], staying: Sequence[Observed], now: datetime) -> list[Action]:
-    """Start what waits, as far as max_replicas leaves room: a process that is still ending holds its memory and its port."""
-    room = model.max_replicas - sum(one.state in WITH_PROCESS for one in own)
-    due = [one for one in staying if one.state == State.PENDING or _retry_due(model, one, now)]
-    return [_order("start", one) for one in due[: max(0, room)]]
-
-
-def _retry_due(model: Desired, one: Observed, now: datetime) -> bool:
-    if one.state != State.FAILED or _outdated(model, one) or one.next_attempt_at is None:
-        return False
-    return one.next_attempt_at <= now
-
-
-# Effects
-
-
 def reconcile() -> list[Order]:
-    """One round: read, plan, write rows. The orders are left to the caller.
+    """One round: read, decide, plan, write rows. The orders are left to the caller.
 
     What was written is planned for again at once, so that a new instance need not wait for the next round.
     """
+    seen, now = scheduling.traffic(), timezone.now()
+    targets = scheduling.decide(list(ModelConfig.objects.enabled()), _current(), seen, now)
     orders: list[Order] = []
     for _ in range(PASSES):
-        actions = plan(observe(), timezone.now())
+        actions = plan(observe(targets, seen, now), timezone.now())
         orders = apply(actions)
         if all(isinstance(action, Order) for action in actions):
             break
     return orders
 
 
-def observe() -> World:
-    """Desired and observed as they are now."""
-    instances = [
-        Observed(
-            one.pk,
-            one.generation,
-            one.model_id,
-            one.part,
-            one.node.name,
-            State(one.state),
-            one.launch_digest,
-            one.next_attempt_at,
-        )
-        for one in Instance.objects.current().select_related("node").defer("exit_log", "engine_secret")
-    ]
-    desired = [_desired(model, part, instances) for model in ModelConfig.objects.enabled() for part in model.parts]
-    return World(desired, instances, observe_nodes())
+def _current() -> list[Instance]:
+    return list(Instance.objects.current().select_related("node").defer("exit_log", "engine_secret"))
 
 
-def _desired(model: ModelConfig, part: str, instances: Iterable[Observed]) -> Desired:
-    """Between minimum and maximum the number stays as it is: only demand and idleness move it."""
-    live = sum((one.model_id, one.part) == (model.pk, part) and one.state in LIVE for one in instances)
-    replicas = min(max(live, model.min_replicas), model.max_replicas)
-    return Desired(model.pk, part, replicas, model.max_replicas, launch_spec.digest(model, part))
+def observe(targets: Mapping[PartKey, Target], seen: Traffic, now: datetime) -> World:
+    """Desired, by these targets, and observed, as it is now. A model that was enabled only now waits for the next round."""
+    models = [model for model in ModelConfig.objects.enabled() if all((model.pk, part) in targets for part in model.parts)]
+    desired = [_desired(model, part, targets[model.pk, part]) for model in models for part in model.parts]
+    return World(desired, [_observed(one, seen, now) for one in _current()], observe_nodes())
+
+
+def _desired(model: ModelConfig, part: str, target: Target) -> Desired:
+    return Desired(
+        model_id=model.pk,
+        part=part,
+        replicas=target.replicas,
+        max_replicas=model.max_replicas,
+        digest=launch_spec.digest(model, part),
+        cause=target.cause,
+        may_surge=model.port is None,
+    )
+
+
+def _observed(one: Instance, seen: Traffic, now: datetime) -> Observed:
+    use = scheduling.use_of(one, seen, now)
+    return Observed(
+        instance_id=one.pk,
+        generation=one.generation,
+        model_id=one.model_id,
+        part=one.part,
+        node=one.node.name,
+        state=State(one.state),
+        digest=one.launch_digest,
+        next_attempt_at=one.next_attempt_at,
+        replaces=one.replaces_id,
+        hold=one.hold,
+        busy=use.in_flight > 0,
+        used_at=use.last_at,
+    )
 
 
 def observe_nodes() -> list[NodeView]:
@@ -280,7 +97,7 @@ def choose_node() -> int | None:
     load: dict[str, int] = {}
     for name in Instance.objects.current().values_list("node__name", flat=True):
         load[name] = load.get(name, 0) + 1
-    chosen = _Placement(observe_nodes(), load).choose()
+    chosen = Placement(observe_nodes(), load).choose()
     return None if chosen is None else chosen.node_id
 
 
@@ -300,7 +117,9 @@ def apply(actions: Iterable[Action]) -> list[Order]:
 
 def _write(action: Create | Reset | Drop | Drain) -> list[Order]:
     if isinstance(action, Create):
-        lifecycle.create(ModelConfig.objects.get(pk=action.model_id), Node.objects.get(pk=action.node_id), action.part)
+        model, node = ModelConfig.objects.get(pk=action.model_id), Node.objects.get(pk=action.node_id)
+        replaced = Instance.objects.filter(pk=action.replaces).first() if action.replaces else None
+        lifecycle.create(model, node, action.part, action.cause, replaced)
         return []
     instance = Instance.objects.get(pk=action.instance_id, generation=action.generation)
     if isinstance(action, Reset):
@@ -309,8 +128,25 @@ def _write(action: Create | Reset | Drop | Drain) -> list[Order]:
     if isinstance(action, Drop):
         lifecycle.stopped(instance)
         return []
-    lifecycle.draining(instance)
+    detail = _why_it_goes(instance, action.reason)
+    lifecycle.draining(instance, action.reason, detail)
+    log.info("%s drains: %s", instance, detail)
     return [Order("advance", action.instance_id, action.generation, action.node)]
+
+
+def _why_it_goes(instance: Instance, reason: str) -> str:
+    """One sentence for whoever asks later why this process ended."""
+    model = instance.model
+    if model is None or not model.enabled:
+        return "Stopped, for its model was disabled or deleted."
+    if reason != DrainReason.STOP:
+        return "Unloaded, for it was not needed any more."
+    if not instance.launch_digest:
+        return "Replaced as asked."
+    if instance.launch_digest == launch_spec.digest(model, instance.part):
+        return "Stopped, for there were more processes than max_replicas."
+    changed = launch_spec.differences(instance.launch, launch_spec.launch_values(model, instance.part))
+    return f"Replaced because {', '.join(changed)}." if changed else "Replaced by one with the present settings."
 
 
 def prune(node_name: str) -> int:

@@ -9,6 +9,7 @@ import select
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from models_app.exceptions import SpawnError
 from models_app.process_identity import ProcessIdentity
 
 SHIM = Path(shim.__file__)
+MOVED = "moved.json"  # when a loading engine was last seen to move, and what it was like then
 REPORT_S = 2.0  # how long a shim may take to report
 MARK = "ASSISTANT_INSTANCE"  # "<id>:<generation>" in the environment of every shim and engine
 FOLDER_MARK = "ASSISTANT_RUNTIME"  # their runtime folder: tells this installation's processes from another's
@@ -110,6 +112,25 @@ def last_log_lines(folder: Path, count: int) -> list[str]:
             if lines := file.read().decode("utf-8", "replace").splitlines():
                 return lines[-count:]
     return []
+
+
+def still_s(folder: Path, memory_bytes: int, moved_bytes: int) -> float:
+    """For how long neither the log nor the process's memory has moved, over calls of this; 0 at the first one.
+
+    What was seen last lies in the folder, so whoever looks next goes on from there. Kept on the clock that counts since
+    boot, for the time of day may be set.
+    """
+    now = time.clock_gettime(time.CLOCK_BOOTTIME)
+    written = max((file.stat().st_mtime_ns for file in folder.glob(shim.LOG + "*")), default=0)
+    try:
+        then, written_then, memory_then = json.loads((folder / MOVED).read_text())
+        if written == written_then and abs(memory_bytes - memory_then) < moved_bytes:
+            return max(0.0, now - float(then))
+    except (OSError, ValueError, TypeError):
+        pass
+    with contextlib.suppress(OSError):  # gone, or the disk is full: then it counts as moving until the longest deadline
+        shim.write_json(folder / MOVED, [now, written, memory_bytes])
+    return 0.0
 
 
 def remove(instance_id: int) -> None:

@@ -2,7 +2,7 @@
 
 from models_app.models.api_key import APIKey
 from models_app.models.incident import Incident
-from models_app.models.instance import Cause, Drain, Instance, State
+from models_app.models.instance import Cause, DrainReason, Instance, State
 from models_app.models.load import Load
 from models_app.models.model_config import ModelAlias, ModelConfig
 from models_app.models.node import Node
@@ -13,7 +13,7 @@ from models_app.models.usage import UsageEvent
 __all__ = [
     "APIKey",
     "Cause",
-    "Drain",
+    "DrainReason",
     "Incident",
     "Instance",
     "Load",

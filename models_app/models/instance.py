@@ -42,7 +42,7 @@ class Cause(models.TextChoices):
     RESTART = "restart", "replaces another process"
 
 
-class Drain(models.TextChoices):
+class DrainReason(models.TextChoices):
     """Why a process drains, which says what becomes of it when its time is over and it still works.
 
     STOP: it is ended. EVICT, YIELD: it goes on serving. EVICT also goes on where somebody asks for it meanwhile.
@@ -113,7 +113,7 @@ class Instance(Revisioned):
     hold = models.CharField(max_length=16, blank=True, help_text="Why it waits: memory, node_full; empty where it does not.")
     hold_reason = models.TextField(blank=True, help_text="One sentence on what it waits for.")
     wanted_since = models.DateTimeField(null=True, help_text="Since when requests wait for this one while it is held back.")
-    drain_reason = models.CharField(max_length=8, choices=Drain.choices, blank=True)
+    drain_reason = models.CharField(max_length=8, choices=DrainReason.choices, blank=True)
     drain_detail = models.TextField(blank=True, help_text="One sentence on why it is ended.")
     last_used_at = models.DateTimeField(null=True, help_text="When its last request ended, to about ten seconds.")
 
@@ -148,3 +148,8 @@ class Instance(Revisioned):
 
     def __str__(self) -> str:
         return f"{self.model_name}#{self.pk}"
+
+    @property
+    def makes_room(self) -> bool:
+        """It drains, which may yet be called off."""
+        return self.state == State.DRAINING and self.drain_reason in (DrainReason.EVICT, DrainReason.YIELD)

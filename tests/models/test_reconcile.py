@@ -12,9 +12,9 @@ from pytest_django.fixtures import Settings
 
 from models_app import launch_spec, operations, reconcile, runtime_folder
 from models_app.exceptions import NoNode, StaleTransition
-from models_app.models import Instance, ModelConfig, State
+from models_app.models import Cause, DrainReason, Instance, ModelConfig, State
 from models_app.models.instance import LIVE, WITH_PROCESS
-from models_app.reconcile import Action, Create, Desired, Drain, Drop, NodeView, Observed, Order, Reset, World, plan
+from models_app.planning import Action, Create, Desired, Drain, Drop, NodeView, Observed, Order, Reset, World, plan
 from tests.models.instances import make_instance, make_model, make_node
 
 S = State
@@ -82,19 +82,93 @@ def test_a_failed_instance_is_not_retried_with_the_old_configuration() -> None:
     assert planned(one(S.FAILED, digest="old", next_attempt_at=NOW)) == [Reset(1, 1)]
 
 
-def test_a_changed_configuration_replaces_the_process() -> None:
-    assert planned(one(S.READY, digest="old")) == [Create(1, "chat", 1), Drain(1, 1, "here")]
+def surge(state: State, number: int, replaces: int, **changes: object) -> Observed:
+    """A replacement on its way."""
+    return one(state, number, "" if state == S.PENDING else "new", replaces=replaces, **changes)
+
+
+def create_for(replaced: int) -> Create:
+    return Create(1, "chat", 1, Cause.RESTART, replaced)
+
+
+def test_a_changed_configuration_starts_another_process_beside_the_old_one() -> None:
+    old = one(S.READY, 1, "old")
+    assert planned(old) == [create_for(1)]
+    assert planned(old, surge(S.PENDING, 2, 1)) == [order("start", 2)]
+    assert planned(old, surge(S.STARTING, 2, 1)) == [order("advance", 2)]
+
+
+def test_the_old_process_goes_once_the_new_one_is_ready() -> None:
+    assert planned(one(S.READY, 1, "old"), surge(S.READY, 2, 1)) == [Drain(1, 1, "here")]
+    assert planned(one(S.DRAINING, 1, "old"), surge(S.READY, 2, 1)) == [order("advance", 1)]
+
+
+@pytest.mark.parametrize("state", [S.FAILED, S.CRASH_LOOP])
+def test_a_bad_configuration_leaves_the_old_process_serving(state: State) -> None:
+    later = NOW + timedelta(minutes=1)
+    assert planned(one(S.READY, 1, "old"), surge(state, 2, 1, next_attempt_at=later)) == []
+
+
+def test_a_failed_replacement_is_tried_again_beside_the_old_one() -> None:
+    assert planned(one(S.READY, 1, "old"), surge(S.FAILED, 2, 1, next_attempt_at=NOW)) == [order("start", 2)]
+
+
+def test_a_configuration_that_is_taken_back_ends_the_replacement() -> None:
+    other = replace(surge(S.STARTING, 2, 1), digest="tried")
+    assert order("stop", 2) in planned(one(S.READY, 1), other)
+    assert planned(one(S.READY, 1), replace(other, state=S.CRASH_LOOP)) == [Drop(2, 1)]
+    assert planned(one(S.READY, 1), replace(other, state=S.READY)) == [Drain(2, 1, "here")]
+
+
+def test_a_configuration_changed_again_starts_the_replacement_anew() -> None:
+    old, other = one(S.READY, 1, "old"), replace(surge(S.STARTING, 2, 1), digest="tried")
+    assert planned(old, other) == [order("advance", 2), order("stop", 2)]
+    assert planned(old, replace(other, state=S.CRASH_LOOP)) == [Reset(2, 1)]
+
+
+@pytest.mark.parametrize("hold", ["memory", "node_full"])
+def test_a_replacement_without_room_beside_the_old_process_takes_its_place(hold: str) -> None:
+    waits = surge(S.PENDING, 2, 1, hold=hold)
+    assert planned(one(S.READY, 1, "old"), waits) == [Drain(1, 1, "here"), order("start", 2)]
+    assert planned(one(S.DRAINING, 1, "old"), waits) == [order("advance", 1)]
+
+
+def test_with_a_fixed_port_the_old_process_goes_first() -> None:
+    want = replace(WANT, may_surge=False)
+    old = one(S.READY, 1, "old")
+    assert planned(old, want=want) == [create_for(1), Drain(1, 1, "here")]
+    assert planned(old, surge(S.PENDING, 2, 1), want=want) == [Drain(1, 1, "here")]
+    assert planned(one(S.STOPPING, 1, "old"), surge(S.PENDING, 2, 1), want=want) == [order("advance", 1)]
+
+
+def test_an_outdated_process_that_still_loads_serves_nobody_and_goes_at_once() -> None:
+    old = one(S.STARTING, 1, "old")
+    assert planned(old) == [order("advance", 1), create_for(1), order("stop", 1)]
+    assert order("stop", 1) in planned(old, surge(S.PENDING, 2, 1))
+
+
+def test_a_replica_that_waits_for_memory_does_not_hold_up_the_replacement_of_another() -> None:
+    want = Desired(1, "chat", 2, 2, "new")
+    waits = one(S.PENDING, 2, "", hold="memory")
+    assert create_for(1) in planned(one(S.READY, 1, "old"), waits, want=want)
+
+
+def test_a_replacement_is_placed_where_the_old_process_runs() -> None:
+    other = NodeView(4, "other", heard=True, cordoned=False)
+    assert planned(one(S.READY, 1, "old"), nodes=(HERE, other)) == [create_for(1)]
+    closed = replace(HERE, cordoned=True)
+    assert planned(one(S.READY, 1, "old"), nodes=(closed, other)) == [Create(1, "chat", 4, Cause.RESTART, 1)]
 
 
 def test_replicas_are_replaced_one_at_a_time() -> None:
     want = Desired(1, "chat", 3, 3, "new")
     old = [one(S.READY, number, "old") for number in (1, 2, 3)]
-    assert planned(*old, want=want) == [Create(1, "chat", 1), Drain(1, 1, "here")]
-    under_way = [one(S.DRAINING, 1, "old"), *old[1:], one(S.PENDING, 4, "")]
+    assert planned(*old, want=want) == [create_for(1)]
+    assert planned(*old, surge(S.STARTING, 4, 1), want=want) == [order("advance", 4)]
+    assert planned(*old, surge(S.READY, 4, 1), want=want) == [Drain(1, 1, "here")]
+    under_way = [one(S.DRAINING, 1, "old"), *old[1:], surge(S.READY, 4, 1)]
     assert planned(*under_way, want=want) == [order("advance", 1)]
-    loading = [*old[1:], one(S.STARTING, 4)]
-    assert planned(*loading, want=want) == [order("advance", 4)]
-    assert planned(*old[1:], one(S.READY, 4), want=want) == [Create(1, "chat", 1), Drain(2, 1, "here")]
+    assert planned(*old[1:], surge(S.READY, 4, 1), want=want) == [create_for(2)]
 
 
 def test_a_bad_configuration_takes_down_one_replica_and_no_more() -> None:
@@ -116,7 +190,21 @@ def test_surplus_goes_first_where_it_serves_nobody() -> None:
 def test_surplus_that_is_ready_goes_outdated_first_then_newest_first() -> None:
     want = Desired(1, "chat", 1, 3, "new")
     ended = planned(one(S.READY, 1), one(S.READY, 2, "old"), one(S.READY, 3), want=want)
-    assert ended == [Drain(2, 1, "here"), Drain(3, 1, "here")]
+    assert ended == [Drain(2, 1, "here"), Drain(3, 1, "here", DrainReason.EVICT)]
+
+
+def test_surplus_that_is_ready_goes_idle_first_then_least_recently_used_first() -> None:
+    want = Desired(1, "chat", 1, 3, "new")
+    busy = one(S.READY, 3, busy=True)
+    recent, earlier = one(S.READY, 2, used_at=NOW), one(S.READY, 1, used_at=NOW - timedelta(minutes=1))
+    ended = planned(recent, busy, earlier, want=want)
+    assert ended == [Drain(1, 1, "here", DrainReason.EVICT), Drain(2, 1, "here", DrainReason.EVICT)]
+
+
+def test_what_is_more_than_the_maximum_is_stopped_and_not_only_unloaded() -> None:
+    want = Desired(1, "chat", 0, 1, "new")
+    ended = planned(one(S.READY, 1), one(S.READY, 2), want=want)
+    assert ended == [Drain(2, 1, "here"), Drain(1, 1, "here", DrainReason.EVICT)]
 
 
 def test_new_instances_go_to_the_emptiest_node_that_is_heard_and_not_cordoned() -> None:
@@ -147,7 +235,8 @@ def carry_out(world: World, actions: list[Action]) -> World:
     for action in actions:
         if isinstance(action, Create):
             number = max([*rows, 1000]) + 1
-            rows[number] = Observed(number, 0, action.model_id, action.part, "here", S.PENDING, "")
+            new = Observed(number, 0, action.model_id, action.part, "here", S.PENDING, "", replaces=action.replaces)
+            rows[number] = new
             continue
         row = rows[action.instance_id]
         if isinstance(action, Reset):
@@ -172,11 +261,11 @@ ROWS = strategies.lists(strategies.tuples(STATES, strategies.sampled_from(["new"
 
 
 @hypothesis_settings(max_examples=300, deadline=None)
-@given(rows=ROWS, replicas=strategies.integers(0, 4), room=strategies.integers(0, 2))
+@given(rows=ROWS, replicas=strategies.integers(0, 4), room=strategies.integers(0, 2), may_surge=strategies.booleans())
 def test_whatever_is_there_planning_converges_and_never_starts_more_than_allowed(
-    rows: list[tuple[State, str]], replicas: int, room: int
+    rows: list[tuple[State, str]], replicas: int, room: int, may_surge: bool
 ) -> None:
-    want = Desired(1, "chat", replicas, max(1, replicas + room), "new")
+    want = Desired(1, "chat", replicas, max(1, replicas + room), "new", may_surge=may_surge)
     instances = [one(state, number, digest, next_attempt_at=NOW) for number, (state, digest) in enumerate(rows, 1)]
     world = World([want], instances, [HERE])
     for _ in range(60):
@@ -184,14 +273,17 @@ def test_whatever_is_there_planning_converges_and_never_starts_more_than_allowed
         if not actions:
             break
         before = sum(row.state in WITH_PROCESS for row in world.instances)
+        serving = sum(row.state == S.READY for row in world.instances)
         world = carry_out(world, actions)
         after = sum(row.state in WITH_PROCESS for row in world.instances)
-        assert after <= max(before, want.max_replicas)
+        assert after <= max(before, want.max_replicas + may_surge)
+        # A rolling replacement takes nothing away from those that serve.
+        assert not may_surge or sum(row.state == S.READY for row in world.instances) >= min(serving, replicas)
     assert plan(world, NOW) == []
     live = [row for row in world.instances if row.state in LIVE]
-    assert len(live) == replicas
     # One that crashed with this very configuration keeps its place, and holds up the replacement of the others.
     crashed = any(row.state == S.CRASH_LOOP for row in live)
+    assert len(live) == replicas
     assert crashed or all((row.state, row.digest) == (S.READY, "new") for row in live)
 
 
@@ -288,8 +380,9 @@ class TestEffects:
         old = make_instance(S.READY, model, launch_digest=launch_spec.digest(model, "chat"))
         operations.restart_model(model)
         reconcile.reconcile()
-        assert Instance.objects.get(pk=old.pk).state == S.DRAINING
-        assert Instance.objects.exclude(pk=old.pk).get().state == S.PENDING
+        assert Instance.objects.get(pk=old.pk).state == S.READY
+        new = Instance.objects.exclude(pk=old.pk).get()
+        assert (new.state, new.cause, new.replaces_id) == (S.PENDING, Cause.RESTART, old.pk)
 
     @pytest.mark.parametrize("state", [S.DRAINING, S.STOPPING, S.STOPPED])
     def test_an_instance_that_ends_already_can_be_neither_stopped_nor_restarted(self, state: State) -> None:
