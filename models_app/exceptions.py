@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
+from models_app.diagnosis_rules import Code
+
 
 class AssistantError(Exception):
     """Base of all; str() is a sentence with the remedy."""
@@ -12,7 +16,42 @@ class StaleTransition(AssistantError):
 
 
 class PreflightError(AssistantError):
-    """The engine cannot start here; the message says what is missing and what to do."""
+    """The engine cannot start here; the message says what is missing and what to do.
+
+    diagnosis: the kind of refusal, as an instance and its incident show it (models_app/diagnosis_rules.py).
+    """
+
+    diagnosis: ClassVar[Code] = Code.PREFLIGHT
+
+
+class MissingProgram(PreflightError):
+    """The engine's program is not here or cannot be run."""
+
+    diagnosis = Code.MISSING_PROGRAM
+
+
+class MissingLibrary(PreflightError):
+    """The engine's program needs a library that is not here."""
+
+    diagnosis = Code.MISSING_LIBRARY
+
+
+class MissingPlugin(PreflightError):
+    """WasmEdge has no wasi_nn-ggml plugin, or cannot load it."""
+
+    diagnosis = Code.MISSING_PLUGIN
+
+
+class UnknownImport(PreflightError):
+    """The wasm file and WasmEdge do not fit together."""
+
+    diagnosis = Code.UNKNOWN_IMPORT
+
+
+class PortTaken(PreflightError):
+    """The port asked for is in use, or every port is."""
+
+    diagnosis = Code.PORT_TAKEN
 
 
 class PathNotAllowed(PreflightError):
@@ -22,9 +61,13 @@ class PathNotAllowed(PreflightError):
 class NotAModel(PreflightError):
     """The file is no GGUF model, whatever its name says."""
 
+    diagnosis = Code.NOT_A_MODEL
+
 
 class TruncatedModel(PreflightError):
     """The model file, or one of its parts, is not there to its end."""
+
+    diagnosis = Code.TRUNCATED_MODEL
 
 
 class SpawnError(AssistantError):

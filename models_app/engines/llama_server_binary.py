@@ -14,7 +14,7 @@ from pathlib import Path
 
 from models_app.engines import programs
 from models_app.engines.programs import Answer
-from models_app.exceptions import PreflightError
+from models_app.exceptions import MissingLibrary, MissingProgram, PreflightError
 
 SETTING = "ASSISTANT_LLAMA_SERVER"
 INSTALL = "install llama.cpp (its program llama-server)"
@@ -54,7 +54,7 @@ def _inspect(path: Path, _size: int, _changed_ns: int) -> Binary:
     told = _ask(path, "--version")
     version = _VERSION.search(told)
     if version is None:
-        raise PreflightError(f"{path} is not llama.cpp's server (it does not tell its version); {INSTALL}, or set {SETTING}.")
+        raise MissingProgram(f"{path} is not llama.cpp's server (it does not tell its version); {INSTALL}, or set {SETTING}.")
     return Binary(path, version[1].strip(), _build_of(told), flags_in(_ask(path, "--help")))
 
 
@@ -72,16 +72,20 @@ def flags_in(text: str) -> frozenset[str]:
 def _ask(path: Path, flag: str) -> str:
     answer = programs.ask([str(path), flag])
     if answer.code != 0:
-        raise PreflightError(_why_not(path, answer))
+        raise _why_not(path, answer)
     return answer.text
 
 
-def _why_not(path: Path, answer: Answer) -> str:
-    """A sentence on a binary that does not start, from what the loader or the kernel said."""
+def _why_not(path: Path, answer: Answer) -> PreflightError:
+    """What to say of a binary that does not start, from what the loader or the kernel said."""
     if library := _LIBRARY.search(answer.text):
-        return f"{path} cannot start: the library {library[1]} is missing; install it, or add its folder to LD_LIBRARY_PATH."
+        return MissingLibrary(
+            f"{path} cannot start: the library {library[1]} is missing; install it, or add its folder to LD_LIBRARY_PATH."
+        )
     if symbol := _SYMBOL.search(answer.text):
-        return f"{path} was built for a newer system ({symbol[1]} is missing here); install a build for this one."
+        return MissingLibrary(f"{path} was built for a newer system ({symbol[1]} is missing here); install a build for this one.")
     if answer.code == -signal.SIGILL:
-        return f"{path} was built for another kind of processor (illegal instruction); install a build for this one."
-    return f"{path} cannot start (exit code {answer.code}): {answer.last_line.rstrip('.')}; install it again."
+        return MissingProgram(
+            f"{path} was built for another kind of processor (illegal instruction); install a build for this one."
+        )
+    return MissingProgram(f"{path} cannot start (exit code {answer.code}): {answer.last_line.rstrip('.')}; install it again.")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models_app.engines.environment import engine_environment
-from models_app.exceptions import PreflightError
+from models_app.exceptions import MissingProgram, PreflightError
 
 ANSWER_S = 15.0  # a cold disk may have to bring hundreds of megabytes of libraries
 MOST = 1 << 20  # characters of an answer that are looked at
@@ -33,7 +33,7 @@ def find(name: str, setting: str, remedy: str) -> Path:
     if found is not None:
         return Path(found).absolute()
     where = f"{name} is no program that can be run" if "/" in name else f"The program {name} is not on PATH"
-    raise PreflightError(f"{where}; {remedy}, or name it in {setting}.")
+    raise MissingProgram(f"{where}; {remedy}, or name it in {setting}.")
 
 
 def ask(argv: list[str], limit_s: float = ANSWER_S) -> Answer:
@@ -52,5 +52,5 @@ def ask(argv: list[str], limit_s: float = ANSWER_S) -> Answer:
     except subprocess.TimeoutExpired:
         raise PreflightError(f"{program} did not answer “{argv[-1]}” within {limit_s:g} s; run it by hand to see why.") from None
     except OSError as error:
-        raise PreflightError(f"{program} cannot be run ({error.strerror}); check its permissions and architecture.") from error
+        raise MissingProgram(f"{program} cannot be run ({error.strerror}); check its permissions and architecture.") from error
     return Answer(done.returncode, done.stdout[:MOST].decode(errors="replace"))

@@ -9,12 +9,15 @@ from pathlib import Path
 
 from models_app.engines import programs
 from models_app.engines.base import EngineSettings
-from models_app.exceptions import PreflightError
+from models_app.engines.programs import Answer
+from models_app.exceptions import MissingLibrary, MissingPlugin, MissingProgram, PreflightError, UnknownImport
 
-MIN_VERSION = (0, 14, 1)
+Version = tuple[int, ...]
+MIN_VERSION: Version = (0, 14, 1)
+MIN_SERVER: Version = (0, 16, 9)  # the first with a config file, without which there is no speech
 PLUGIN = "wasi_nn"
 
-_VERSION = re.compile(r"wasmedge version (\d+)\.(\d+)\.(\d+)")
+_VERSION = re.compile(r"wasmedge version (?P<version>\d+\.\d+\.\d+)")
 _PLUGIN = re.compile(rf'\(plugin "{PLUGIN}"\)')
 _LIBRARY = re.compile(r"load library failed:\s*(?P<name>\S+?): cannot open shared object file")
 _LINKER = re.compile(r"error while loading shared libraries: (?P<name>[^:\s]+)")
@@ -27,28 +30,29 @@ HOW_TO_PIN = "set it to the SHA-256 that the release's SHA256SUM file gives for 
 
 
 def check(settings: EngineSettings) -> str:
-    """The version of llama-api-server that would run here. Raises PreflightError for the first thing that is missing."""
+    """What would run here, by name and version. Raises PreflightError for the first thing that is missing."""
     program = programs.find(settings.wasmedge, "ASSISTANT_WASMEDGE", INSTALL)
-    about = _check_runtime(program)
+    about = programs.ask([str(program), "--version"])
+    version = _check_runtime(program, about)
     check_wasm(settings)
     wasm = settings.wasm_file.stat()
-    return _server_version(program, settings.wasm_file, about, (program.stat().st_mtime_ns, wasm.st_size, wasm.st_mtime_ns))
+    # Runtime, plugins and file as they are now: what was found out about others does not hold.
+    facts = (about.text, program.stat().st_mtime_ns, wasm.st_size, wasm.st_mtime_ns)
+    return f"WasmEdge {_dotted(version)}, llama-api-server {_dotted(_server_version(program, settings.wasm_file, facts))}"
 
 
-def _check_runtime(program: Path) -> str:
-    """What WasmEdge says of itself: its version and every plugin it could load."""
-    answer = programs.ask([str(program), "--version"])
-    found = _VERSION.search(answer.text)
-    if missing := _LINKER.search(answer.text):
-        raise PreflightError(f"{program} needs the library {missing['name']}, which is missing; install the package that has it.")
+def _check_runtime(program: Path, about: Answer) -> Version:
+    if missing := _LINKER.search(about.text):
+        raise MissingLibrary(f"{program} needs the library {missing['name']}, which is missing; install the package that has it.")
+    found = _VERSION.search(about.text)
     if found is None:
-        raise PreflightError(f"{program} is not WasmEdge (asked for its version it said: {answer.last_line}); {INSTALL}.")
-    version = tuple(map(int, found.groups()))
+        raise MissingProgram(f"{program} is not WasmEdge (asked for its version it said: {about.last_line}); {INSTALL}.")
+    version = _numbers(found["version"])
     if version < MIN_VERSION:
-        raise PreflightError(f"WasmEdge {_dotted(version)} is too old; install {_dotted(MIN_VERSION)} or newer.")
-    if not _PLUGIN.search(answer.text):
-        raise PreflightError(_why_no_plugin(answer.text))
-    return answer.text
+        raise MissingProgram(f"WasmEdge {_dotted(version)} is too old; install {_dotted(MIN_VERSION)} or newer.")
+    if not _PLUGIN.search(about.text):
+        raise MissingPlugin(_why_no_plugin(about.text))
+    return version
 
 
 def _why_no_plugin(text: str) -> str:
@@ -97,22 +101,29 @@ def _digest(file: Path, size: int, mtime_ns: int) -> str:
 
 
 @lru_cache(maxsize=8)
-def _server_version(program: Path, wasm: Path, about: str, facts: tuple[int, ...]) -> str:
+def _server_version(program: Path, wasm: Path, facts: tuple[str | int, ...]) -> Version:
     """Let the wasm file print its version, which links it to runtime and plugin without loading a model.
 
-    Asked once for the same runtime, plugins (`about`) and file (`facts`); a failure is asked about again.
+    Asked once for the same facts; a failure is asked about again.
     """
     answer = programs.ask([str(program), str(wasm), "-V"])
     found = _SERVER.search(answer.text)
     if answer.code == 0 and found is not None:
-        return found["version"]
+        version = _numbers(found["version"])
+        if version < MIN_SERVER:
+            raise PreflightError(f"llama-api-server {_dotted(version)} is too old; pin {_dotted(MIN_SERVER)} or newer.")
+        return version
     if missing := _IMPORT.search(answer.text):
-        raise PreflightError(
+        raise UnknownImport(
             f"{wasm.name} does not fit this WasmEdge: it asks for {missing['module']}.{missing['function']} (“unknown import”); "
             "install the newest WasmEdge and plugin, or pin another version of the file."
         )
     raise PreflightError(f"{wasm} does not run as llama-api-server (it said: {answer.last_line}); fetch the file anew.")
 
 
-def _dotted(version: tuple[int, ...]) -> str:
+def _numbers(text: str) -> Version:
+    return tuple(map(int, text.split(".")))
+
+
+def _dotted(version: Version) -> str:
     return ".".join(map(str, version))
