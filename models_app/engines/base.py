@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import httpx
 
@@ -110,3 +110,11 @@ class EngineAdapter(Protocol):
 
     def probe(self, target: Target, client: httpx.Client) -> Probe:
         """Ask the process. READY needs a keyed endpoint to answer 200 with the key and 401 without."""
+
+
+@runtime_checkable
+class Installable(Protocol):
+    """An adapter that can say, without a model, whether its engine is on this node."""
+
+    def installed(self) -> str:
+        """What there is and its version, in words. Raises PreflightError with the remedy for the first thing missing."""

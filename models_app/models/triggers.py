@@ -6,6 +6,7 @@ rather than by a migration.
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -118,6 +119,12 @@ def _postgresql() -> Iterator[str]:
             f"CREATE TRIGGER revision_children AFTER UPDATE OF {', '.join(parent.columns)} ON {parent.table} "
             f"FOR EACH ROW EXECUTE FUNCTION {function}()"
         )
+
+
+def expected(vendor: str) -> set[tuple[str, str]]:
+    """(trigger, table) of every one that should be there."""
+    statements = {"sqlite": _sqlite, "postgresql": _postgresql}[vendor]()
+    return {found for statement in statements for found in re.findall(r"CREATE TRIGGER (\w+) .*? ON (\w+)", statement)}
 
 
 def install(connection: BaseDatabaseWrapper) -> None:
