@@ -10,7 +10,7 @@ from pytest_django.fixtures import Settings
 from redis.client import PubSub
 
 from models_app import coordination
-from models_app.contracts.coordination import EVENTS, USE_LIFE_MS, telemetry_key, use_key
+from models_app.contracts.coordination import EVENTS, PREFIX, USE_LIFE_MS, telemetry_key, use_key
 from models_app.exceptions import CoordinationUnavailable
 
 LIFE_MS = 60_000
@@ -81,6 +81,25 @@ class TestWithValkey:
         coordination.forget_probe_failures(7, 1)
         assert coordination.count_probe_failure(7, 1, LIFE_MS) == 1
 
+    def test_holders_are_told_of_all_instances_at_once(self) -> None:
+        assert coordination.use_holders() == {}
+        for key in (use_key(7, 2, "gw-a"), use_key(7, 2, "gw:b"), use_key(8, 1, "gw-a")):
+            coordination.client().set(key, "1", px=USE_LIFE_MS)
+        assert coordination.use_holders() == {"7:2": {"gw-a", "gw:b"}, "8:1": {"gw-a"}}
+
+    def test_a_hash_is_replaced_whole_and_forgotten_in_the_end(self) -> None:
+        name = f"{PREFIX}some-hash"
+        assert coordination.read_hash(name) == {}
+        coordination.replace_hash(name, {"a": 1, "b": [None, 2.5]}, LIFE_MS)
+        coordination.replace_hash(name, {"b\nc": {"d": "ü"}}, LIFE_MS)
+        assert coordination.read_hash(name) == {"b\nc": {"d": "ü"}}
+        assert 0 < coordination.client().pttl(name) <= LIFE_MS
+        coordination.set_in_hash(name, "a", 7, 2 * LIFE_MS)
+        assert coordination.read_hash(name) == {"b\nc": {"d": "ü"}, "a": 7}
+        assert LIFE_MS < coordination.client().pttl(name) <= 2 * LIFE_MS
+        coordination.replace_hash(name, {}, LIFE_MS)
+        assert coordination.read_hash(name) == {}
+
     def test_a_revision_hint_reaches_who_listens(self) -> None:
         with PubSub(coordination.client().connection_pool) as listener:
             listener.subscribe(EVENTS)
@@ -97,6 +116,10 @@ class TestWithValkey:
         lambda: coordination.holder("job"),
         lambda: coordination.users(1, 1),
         lambda: coordination.telemetry(),
+        lambda: coordination.use_holders(),
+        lambda: coordination.read_hash("assistant:some-hash"),
+        lambda: coordination.replace_hash("assistant:some-hash", {}, LIFE_MS),
+        lambda: coordination.set_in_hash("assistant:some-hash", "a", 1, LIFE_MS),
         lambda: coordination.beating_nodes(["a"]),
         lambda: coordination.node_beat("a", LIFE_MS),
         lambda: coordination.count_probe_failure(1, 1, LIFE_MS),
