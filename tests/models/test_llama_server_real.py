@@ -2,62 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
 from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
 from pytest_django.fixtures import Settings
 
 from models_app import provisioning, runtime_folder
-from models_app.contracts import secret_box
 from models_app.engines.llama_server_binary import inspect
 from models_app.engines.llama_server_options import SAID, LoadMode, LoraFiles, Toggled, Valued
-from models_app.models import Instance, State
+from models_app.models import State
 from models_app.ports import bindable
 from models_app.process_identity import alive
-from tests.models.instances import make_instance, make_model
+from tests.models.conftest import Client, Start
 from tests.models.test_provisioning import settle
 
 pytestmark = pytest.mark.engine
 PROMPT = "A secret of zanzibar: say hello."
 
-Start = Callable[..., Instance]
-
 
 @pytest.fixture
-def start(settings: Settings, tmp_path: Path, llama_server: Path, demo_model: Path) -> Iterator[Start]:
-    settings.ASSISTANT_INSTANCES_DIR = tmp_path / "instances"
-    settings.ASSISTANT_MODEL_DIRS = [demo_model.parent]
+def start(settings: Settings, llama_server: Path, start_engine: Start) -> Start:
     settings.ASSISTANT_LLAMA_SERVER = str(llama_server)
-    instances: list[Instance] = []
-
-    def begin(part: str = "chat", **fields: Any) -> Instance:
-        fields = {"engine": "llama-server", "ctx_size": 512, "slots": 2, f"{part}_model_path": str(demo_model), **fields}
-        instance = make_instance(model=make_model(**{"chat_model_path": "", **fields}), part=part)
-        instances.append(instance)
-        assert provisioning.provision(instance), instance.exit_reason
-        return settle(instance)
-
-    yield begin
-    for instance in instances:
-        assert provisioning.kill(instance)
-
-
-@pytest.fixture
-def client(settings: Settings) -> Iterator[Callable[[Instance], httpx.Client]]:
-    made: list[httpx.Client] = []
-
-    def for_instance(instance: Instance) -> httpx.Client:
-        key = secret_box.unseal(settings.SECRET_KEY, instance.engine_secret)
-        address = f"http://127.0.0.1:{instance.port}"
-        made.append(httpx.Client(base_url=address, headers={"Authorization": f"Bearer {key}"}, timeout=60, trust_env=False))
-        return made[-1]
-
-    yield for_instance
-    for one in made:
-        one.close()
+    return functools.partial(start_engine, engine="llama-server")
 
 
 def test_every_setting_has_a_flag_that_the_real_binary_knows(llama_server: Path) -> None:
@@ -78,12 +45,10 @@ def spelled(said: Valued | Toggled | LoadMode | LoraFiles) -> list[str]:
 @pytest.mark.django_db
 @pytest.mark.usefixtures("valkey")
 class TestRealServer:
-    def test_it_becomes_ready_answers_with_its_key_alone_and_leaves_nothing(
-        self, start: Start, client: Callable[[Instance], httpx.Client]
-    ) -> None:
+    def test_it_becomes_ready_answers_with_its_key_alone_and_leaves_nothing(self, start: Start, engine_client: Client) -> None:
         instance = start(extra_args={"sampling.temp": 0.0, "warmup": False})
         assert instance.state == State.READY, instance.exit_reason
-        http = client(instance)
+        http = engine_client(instance)
         assert http.get("/props").json()["total_slots"] == 2
         assert [slot["n_ctx"] for slot in http.get("/slots").json()] == [512, 512]
         answer = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 8})
@@ -102,14 +67,14 @@ class TestRealServer:
         assert instance.port is None or bindable(instance.port)
 
     def test_a_part_for_embeddings_answers_vectors_of_inputs_longer_than_the_usual_batch(
-        self, start: Start, client: Callable[[Instance], httpx.Client], embedding_model: Path
+        self, start: Start, engine_client: Client, embedding_model: Path
     ) -> None:
         instance = start("embedding", embedding_model_path=str(embedding_model), ctx_size=4096, batch_size=64)
         assert instance.state == State.READY, instance.exit_reason
-        answer = client(instance).post("/v1/embeddings", json={"input": ["word " * 400, "hello"]}).json()
+        answer = engine_client(instance).post("/v1/embeddings", json={"input": ["word " * 400, "hello"]}).json()
         assert [len(one["embedding"]) for one in answer["data"]] == [384, 384]
 
-    def test_settings_reach_the_engine(self, start: Start, client: Callable[[Instance], httpx.Client]) -> None:
+    def test_settings_reach_the_engine(self, start: Start, engine_client: Client) -> None:
         instance = start(
             prompt_template="llama2",
             threads=1,
@@ -119,7 +84,7 @@ class TestRealServer:
             },
         )  # fmt: skip
         assert instance.state == State.READY, instance.exit_reason
-        http = client(instance)
+        http = engine_client(instance)
         chat = {"messages": [{"role": "user", "content": "Hi"}]}
         assert http.post("/v1/chat/completions", json=chat).json()["choices"][0]["message"]["content"] == "indeed"
         assert "[INST]" in http.post("/apply-template", json=chat).json()["prompt"]
