@@ -27,7 +27,8 @@ class WasmEdgeEngine:
         self._settings = settings
 
     def installed(self) -> str:
-        return f"llama-api-server {wasmedge_runtime.check(self._settings)} with WasmEdge and its plugin"
+        """See Installable."""
+        return wasmedge_runtime.check(self._settings)
 
     def preflight(self, model: ModelSpec) -> None:
         wasmedge_options.check_options(model.extra_args)

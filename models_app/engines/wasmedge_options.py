@@ -44,8 +44,8 @@ TEMPLATES = frozenset({
     "mediatek-breeze", "megrez", "minicpmv", "mistral-instruct", "mistral-small-chat", "mistral-small-tool", "mistral-tool",
     "mistrallite", "moxin-chat", "moxin-instruct", "nemotron-chat", "nemotron-tool", "octopus", "openchat", "phi-2-chat",
     "phi-2-instruct", "phi-3-chat", "phi-3-instruct", "phi-4-chat", "qwen2-vision", "qwen3-agent", "qwen3-no-think",
-    "seed-instruct", "seed-reasoning", "smol-vision", "smol3-no-think", "solar-instruct", "stablelm-zephyr", "vicuna-1.0-chat",
-    "vicuna-1.1-chat", "vicuna-llava", "wizard-coder", "zephyr",
+    "seed-instruct", "seed-oss-no-think", "seed-oss-think", "seed-reasoning", "smol-vision", "smol3-no-think", "solar-instruct",
+    "stablelm-zephyr", "vicuna-1.0-chat", "vicuna-1.1-chat", "vicuna-llava", "wizard-coder", "zephyr",
 })  # fmt: skip
 
 

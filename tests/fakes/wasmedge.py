@@ -46,6 +46,7 @@ class Behaviour(TypedDict, total=False):
     """behaviour.json."""
 
     version: str  # of WasmEdge
+    server_version: str  # of the wasm file
     plugin: str  # "ok", "missing", "library" (one that it needs is missing)
     imports: str  # "ok", "unknown"
     at_launch: bool  # plugin and imports are as said for a launch alone: they broke after they had been asked about
@@ -569,7 +570,7 @@ def main(behaviour_file: str, arguments: list[str]) -> None:
     host, wasm, words = runtime_options(arguments, behaviour)
     link(Path(wasm), behaviour)
     if words == ["-V"]:
-        end(0, f"LlamaEdge API Server {SERVER_VERSION}")
+        end(0, f"LlamaEdge API Server {behaviour.get('server_version', SERVER_VERSION)}")
     models, where = from_config(words[1:], host) if words[:1] == ["config"] else from_flags(words, behaviour)
     if host.env.get("LLAMA_LOG", "info") == "info":
         say("[INFO] API Key: would be logged, and every prompt")

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from models_app.contracts.traits import CHAT, COMPLETIONS, EMBEDDINGS, SPEECH, TRAITS
 from models_app.engines import wasmedge_launch
-from models_app.engines.base import EngineSettings, Health, Launch, ModelSpec, Target
+from models_app.engines.base import EngineSettings, Health, Installable, Launch, ModelSpec, Target
 from models_app.engines.registry import adapter
 from models_app.engines.wasmedge import WasmEdgeEngine
 from models_app.engines.wasmedge_options import OPTIONS, TEMPLATES, check_options
@@ -239,6 +239,8 @@ def test_traits_say_what_the_gateway_must_know() -> None:
 
 def test_a_complete_installation_passes_for_every_part(node: Node) -> None:
     engine = adapter("wasmedge", node.settings())
+    assert isinstance(engine, Installable)
+    assert engine.installed() == "WasmEdge 0.14.1, llama-api-server 0.28.0"
     engine.preflight(node.spec("chat"))
     engine.preflight(node.spec("embedding", prompt_template=""))
     engine.preflight(node.spec("speech", prompt_template="", extra_args={"codec_model_path": str(node.codec)}))
@@ -251,6 +253,7 @@ def test_a_complete_installation_passes_for_every_part(node: Node) -> None:
         ({"plugin": "missing"}, r"no wasi_nn-ggml plugin.*unknown option: nn-preload.*WASMEDGE_PLUGIN_PATH"),
         ({"plugin": "library"}, r"because the library libopenblas\.so\.0 is missing; install the package"),
         ({"imports": "unknown"}, r"does not fit this WasmEdge: it asks for wasi_ephemeral_nn\.unload .*unknown import.*pin"),
+        ({"server_version": "0.14.15"}, r"llama-api-server 0\.14\.15 is too old; pin 0\.16\.9 or newer"),
         ({"version": "unheard-of"}, r"is not WasmEdge .*it said:.*install WasmEdge with its wasi_nn-ggml plugin"),
     ],
 )
@@ -363,7 +366,7 @@ def test_a_value_of_the_wrong_kind_or_size_is_refused(name: str, value: Any) -> 
 
 
 def test_the_templates_are_those_of_chat_models_alone() -> None:
-    assert len(TEMPLATES) == 61
+    assert len(TEMPLATES) == 63
     assert not {"embedding", "tts", "none", ""} & TEMPLATES
 
 
