@@ -14,7 +14,6 @@ from models_app.exceptions import NotAModel, PreflightError, TruncatedModel
 MAX_PARTS = 1024
 MAX_LAYERS = 4096
 _PART = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$", re.IGNORECASE)
-_BLOCK = re.compile(r"^blk\.(\d+)\.")
 
 # general.file_type: the quantisation most tensors have (enum llama_ftype).
 FILE_TYPES = {
@@ -65,8 +64,8 @@ class GgufHeader:
         """Weights by layer; what belongs to no layer (embedding, output) is not among them."""
         found: dict[int, int] = {}
         for tensor in self.tensors:
-            if match := _BLOCK.match(tensor.name):
-                found[int(match[1])] = found.get(int(match[1]), 0) + (tensor.bytes or 0)
+            if tensor.layer >= 0:
+                found[tensor.layer] = found.get(tensor.layer, 0) + (tensor.bytes or 0)
         return found
 
     def number(self, key: str, default: int = 0) -> int:

@@ -63,6 +63,13 @@ class Tensor:
     offset: int  # within the tensor data
     bytes: int | None
 
+    @property
+    def layer(self) -> int:
+        """The number in blk.<number>.…; -1 where it belongs to none."""
+        kind, _, rest = self.name.partition(".")
+        number = rest.partition(".")[0]
+        return int(number) if kind == "blk" and number.isdecimal() and len(number) < 6 else -1
+
 
 @dataclass(slots=True)
 class RawHeader:
