@@ -180,3 +180,15 @@ def announce_node(sender: Any, **_: Any) -> None:
     queue = tasks.node_queue(settings.ASSISTANT_NODE)
     if queue in sender.app.amqp.queues.consume_from:
         tasks.node_heartbeat.apply_async(queue=queue, expires=30)
+
+
+@signals.worker_ready.connect(weak=False)
+def listen_for_demand(sender: Any, **_: Any) -> None:
+    """A worker that carries out reconcile hears at once when a gateway finds nothing ready for a request."""
+    from models_app import tasks
+    from models_app.demand import DemandListener
+
+    if "control" in sender.app.amqp.queues.consume_from:
+        listener = DemandListener(tasks.on_demand)
+        listener.start()
+        signals.worker_shutting_down.connect(lambda **_: listener.stop(), weak=False)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from datetime import datetime
 
 from django.conf import settings
@@ -24,8 +25,21 @@ log = logging.getLogger(__name__)
 PASSES = 2
 
 
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What a round came to: what processes need, left to the caller, and how many of each part there shall be."""
+
+    orders: list[Order]
+    targets: Mapping[PartKey, Target]
+
+
 def reconcile() -> list[Order]:
-    """One round: read, decide, plan, write rows. The orders are left to the caller.
+    """One round; its orders."""
+    return run_round().orders
+
+
+def run_round() -> Round:
+    """Read, decide, plan, write rows.
 
     What was written is planned for again at once, so that a new instance need not wait for the next round.
     """
@@ -37,7 +51,7 @@ def reconcile() -> list[Order]:
         orders = apply(actions)
         if all(isinstance(action, Order) for action in actions):
             break
-    return orders
+    return Round(orders, targets)
 
 
 def _current() -> list[Instance]:

@@ -17,12 +17,12 @@ from django.db import transaction
 from django.utils import timezone
 from kombu.exceptions import OperationalError
 
-from models_app import coordination, health, nodes, provisioning, usage_ingest
+from models_app import coordination, health, loads, nodes, provisioning, usage_ingest
 from models_app import reconcile as reconciling
 from models_app.coordination import Lease
 from models_app.exceptions import CoordinationUnavailable, StaleTransition
 from models_app.models import Instance, State
-from models_app.reconcile import Order
+from models_app.planning import Order
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 ROUND_LIFE_MS = 5_000
 CHAIN_LIFE_MS = 6_000  # between two looks of one chain of advance() calls
 ORDER_EXPIRES_S = 30
-AGAIN_S = 0.3
+AGAIN_S = 0.1  # a worker's timer is no finer
 
 
 class Limits(TypedDict):
@@ -53,6 +53,11 @@ def bulk_queue(name: str) -> str:
 def request_reconcile() -> None:
     """Ask for a reconcile once this transaction has committed. Never raises: without a broker the periodic one must do."""
     transaction.on_commit(_enqueue_reconcile, robust=True)
+
+
+def on_demand() -> None:
+    """Somebody waits for a model that does not run. Never raises."""
+    _enqueue_reconcile()
 
 
 def _enqueue_reconcile() -> None:
@@ -89,8 +94,10 @@ def reconcile(insist: bool = False) -> None:
     with _leased("reconcile") as alone:
         if alone:
             health.watch(settings.ASSISTANT_NODE)
-            for order in reconciling.reconcile():
+            found = reconciling.run_round()
+            for order in found.orders:
                 _send(order)
+            loads.follow(found.targets)
             return
     if insist:
         _enqueue(reconcile, countdown=AGAIN_S, expires=ORDER_EXPIRES_S)
@@ -171,6 +178,8 @@ def advance(instance_id: int, generation: int, chain: str | None = None) -> None
     except StaleTransition as error:
         log.info("Overtaken: %s", error)
         again = provisioning.QUICK_S  # look at what it has become
+    if instance.state == State.STARTING:
+        loads.look(instance)
     if again is None:
         lease.release()
         request_reconcile()

@@ -8,20 +8,25 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from celery import Celery
+from celery import Celery, signals
 from django.conf import settings as django_settings
 from django.db import transaction
+from django.utils import timezone
 from kombu import Connection
 from pytest_django.fixtures import Settings
 
-from assistant_site.celery import LeasedScheduler, app
-from models_app import coordination, launch_spec, nodes, tasks
-from models_app.models import Instance, Node, State
+from assistant_site.celery import LeasedScheduler, app, listen_for_demand
+from models_app import coordination, launch_spec, loads, nodes, tasks
+from models_app.contracts.coordination import DEMAND, LOADS
+from models_app.models import Instance, Load, Node, State
 from models_app.process_identity import boot_id
 from tests.models.instances import make_instance, make_model, make_node
 
@@ -60,6 +65,14 @@ def sent(queue: str) -> list[tuple[str, list[Any], dict[str, Any]]]:
     return found
 
 
+def waiting_for(queue: str) -> tuple[str, list[Any], dict[str, Any]] | None:
+    """The first message that comes, within ten seconds; the rest is dropped."""
+    until = time.monotonic() + 10
+    while not (found := sent(queue)) and time.monotonic() < until:
+        time.sleep(0.01)
+    return found[0] if found else None
+
+
 @pytest.fixture
 def no_broker() -> Iterator[None]:
     """Tasks are sent by an application whose broker is not there."""
@@ -83,6 +96,15 @@ class TestReconcile:
         instance = Instance.objects.get()
         assert sent(OWN) == [("provision", [instance.pk, 0], {})]
         assert sent(CONTROL) == []
+
+    def test_a_round_opens_loads_and_tells_who_waits(self) -> None:
+        make_model()
+        tasks.reconcile()
+        assert coordination.read_hash(LOADS)["smol\nchat"]["detail"] == loads.NO_NODE
+        coordination.node_beat(make_node().name, 10_000)
+        tasks.reconcile()
+        assert Load.objects.get().instance == Instance.objects.get()
+        assert coordination.read_hash(LOADS)["smol\nchat"]["state"] == "waiting"
 
     def test_a_second_round_does_not_run_beside_the_first(self) -> None:
         lease = coordination.acquire("reconcile", 10_000)
@@ -109,6 +131,14 @@ class TestOneInstance:
         assert sent(OWN) == [("advance", [instance.pk, 1, chain], {})]
         tasks.advance(instance.pk, 1, chain)
         assert sent(OWN) == [("advance", [instance.pk, 1, chain], {})]
+
+    def test_a_look_at_a_load_tells_how_far_it_is(self) -> None:
+        instance = make_instance(State.STARTING, generation=1, port=20_001, started_at=timezone.now())
+        loads.follow({})
+        coordination.client().delete(LOADS)
+        Load.objects.update(heartbeat_at=None)
+        tasks.advance(instance.pk, 1)
+        assert coordination.read_hash(LOADS)["smol\nchat"]["state"] == "loading"
 
     def test_two_chains_never_run_beside_each_other(self) -> None:
         instance = make_instance(State.STARTING, generation=1, port=20_001)
@@ -145,6 +175,26 @@ class TestOneInstance:
         tasks.provision(instance.pk, 0)
         assert first.state == State.FAILED
         assert Instance.objects.get().state_changed_at == first.state_changed_at
+
+
+class TestDemand:
+    def test_a_worker_for_reconcile_hears_demand_until_it_ends(self) -> None:
+        before = threading.active_count()
+        listen_for_demand(sender=SimpleNamespace(app=app))
+        assert waiting_for(CONTROL) == ("reconcile", [], {"insist": True})
+        coordination.client().publish(DEMAND, "smol")
+        assert waiting_for(CONTROL) == ("reconcile", [], {"insist": True})
+        signals.worker_shutting_down.send(sender="test")
+        until = time.monotonic() + 10
+        while threading.active_count() > before and time.monotonic() < until:
+            time.sleep(0.01)
+        assert threading.active_count() == before
+
+    def test_a_worker_for_other_queues_does_not_listen(self) -> None:
+        before = threading.active_count()
+        queues = SimpleNamespace(consume_from={BULK: None})
+        listen_for_demand(sender=SimpleNamespace(app=SimpleNamespace(amqp=SimpleNamespace(queues=queues))))
+        assert threading.active_count() == before
 
 
 @pytest.mark.django_db
