@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +16,16 @@ import httpx
 import pytest
 from django.contrib.auth.models import User
 from django.db import connections
+from redis.asyncio import Redis
 
 from assistant_site import deadlines
 from assistant_site.uvicorn_server import UvicornServer
+from assistant_site.valkey import Valkey
 from gateway_app.endpoints.http import Receive, Scope, Send
 from gateway_app.endpoints.relay import Patience
 from gateway_app.gateway import Gateway, GatewayConfig
 from models_app.contracts import key_material, secret_box
+from models_app.contracts.coordination import GatewayTelemetry, telemetry_key
 from models_app.models import APIKey, Instance, ModelConfig, Node, RemoteServer, State
 from tests.fakes.scripted_upstream import Script, ScriptedUpstream
 
@@ -190,7 +194,7 @@ async def serve(cast: Cast, tmp_path: Path) -> AsyncIterator[Serve]:
     async with AsyncExitStack() as stack:
 
         async def start(*, redis_url: str = "", key: dict[str, Any] | None = None, **changes: Any) -> Served:
-            text, _ = await in_database(lambda: cast.key("served", **(key or {})))
+            text, _ = await in_database(lambda: cast.key(f"served-{APIKey.objects.count()}", **(key or {})))
             spool = tmp_path / "spool"
             gateway = Gateway(config(spool, redis_url or f"unix://{tmp_path}/no.sock", **changes), NoConsole())
             running = await stack.enter_async_context(served(gateway, spool))
@@ -212,3 +216,29 @@ async def engine() -> AsyncIterator[Engine]:
             return await stack.enter_async_context(ScriptedUpstream(script))
 
         yield start
+
+
+@pytest.fixture
+def broker() -> Iterator[Valkey]:
+    """One of the test's own, not running; its socket's path must be short."""
+    with tempfile.TemporaryDirectory(prefix="vk-") as folder:
+        yield Valkey(Path(folder) / "data", Path(folder) / "v.sock", "pw")
+
+
+def broker_url(broker: Valkey) -> str:
+    return f"unix://:{broker.password}@{broker.socket}?db=0"
+
+
+@pytest.fixture
+async def live(broker: Valkey) -> AsyncIterator[Redis]:
+    """The broker running, and a client of it."""
+    with broker.running():
+        client = Redis.from_url(broker_url(broker), decode_responses=True)
+        yield client
+        await client.aclose()
+
+
+async def telemetry(gateway: Served, live: Redis) -> GatewayTelemetry:
+    """What the gateway last said."""
+    found: GatewayTelemetry = json.loads(await live.get(telemetry_key(gateway.gateway.id)) or "")
+    return found

@@ -15,6 +15,7 @@ from gateway_app.routing.slots import QUEUE_AT_LEAST, Refusal, Slots, Waiter
 from gateway_app.upstream.origin import Origin
 
 CHAT = "/v1/chat/completions"
+EMBEDDINGS = "/v1/embeddings"
 
 
 def backend(name: str = "b", slots: int = 1, **fields: Any) -> Backend:
@@ -26,6 +27,13 @@ def model(*backends: Backend, name: str = "m", failure: str | None = None) -> Mo
     failures = {} if failure is None else {"chat": failure}
     offered = {CHAT: offers} if offers else {}
     return Model(name, 0, frozenset({CHAT}), offered, local=True, parts=("chat",), failures=failures)
+
+
+def split(chat: Backend | None, embedding: Backend | None, /, *parts: str, **failures: str) -> Model:
+    """Chat and embeddings of one model, in processes of their own unless other parts are named."""
+    known = {CHAT: chat, EMBEDDINGS: embedding}
+    offers = {endpoint: (Offer(each, "m"),) for endpoint, each in known.items() if each is not None}
+    return Model("m", 0, frozenset(known), offers, local=True, parts=parts or ("chat", "embedding"), failures=failures)
 
 
 class Clock:
@@ -46,10 +54,10 @@ class Queue:
         self.slots.refresh(self.known)
         self.log: list[tuple[str, str]] = []
 
-    def wait(self, who: str, for_model: Model, excluded: Iterable[Backend] = ()) -> Waiter:
+    def wait(self, who: str, for_model: Model, excluded: Iterable[Backend] = (), endpoint: str = CHAT) -> Waiter:
         self.clock.now += 1
         waiter = Waiter(
-            CHAT,
+            endpoint,
             lambda offer: self.log.append((who, offer.backend.name)),
             lambda why: self.log.append((who, why.name)),
             list(excluded),
@@ -172,6 +180,64 @@ def test_waiters_without_hope_are_sent_away() -> None:
     queue.refresh(model(name="failed", failure="bad file"))
     assert sorted(queue.log) == [("a", Refusal.MODEL_GONE.name), ("b", Refusal.MODEL_FAILED.name)]
     assert queue.slots.waiting == 0
+
+
+def test_parts_of_a_model_have_queues_of_their_own() -> None:
+    chat, embedding = backend("chat"), backend("embedding")
+    both = split(chat, embedding)
+    queue = Queue(both)
+    assert queue.slots.take(both, CHAT)
+    assert queue.slots.take(both, EMBEDDINGS)
+    for number in range(QUEUE_AT_LEAST):
+        queue.wait(str(number), both)
+    assert not queue.slots.enqueue(both, Waiter(CHAT, lambda _: None, lambda _: None))
+    queue.wait("embed", both, endpoint=EMBEDDINGS)  # not behind them, and not refused because of them
+    assert (queue.slots.queued("m", "chat"), queue.slots.queued("m", "embedding")) == (QUEUE_AT_LEAST, 1)
+    assert queue.slots.oldest_wait_s("m", "embedding") < queue.slots.oldest_wait_s("m", "chat")
+    queue.slots.release(embedding)
+    queue.slots.release(chat)
+    assert queue.log == [("embed", "embedding"), ("0", "chat")]
+
+
+def test_a_part_that_fails_sends_only_its_own_waiters_away() -> None:
+    queue = Queue(split(None, None))
+    queue.wait("talk", split(None, None))
+    queue.wait("embed", split(None, None), endpoint=EMBEDDINGS)
+    queue.refresh(split(None, None, chat="bad file"))
+    assert queue.log == [("talk", "MODEL_FAILED")]
+    queue.refresh(split(None, backend("late"), chat="bad file"))
+    assert queue.log[1:] == [("embed", "late")]
+    assert queue.slots.waiting == 0
+
+
+def test_a_part_with_another_server_has_not_failed() -> None:
+    elsewhere = backend("elsewhere")
+    served = split(elsewhere, None, chat="bad file")
+    queue = Queue(served)
+    assert queue.slots.take(served, CHAT)
+    queue.wait("talk", served)
+    queue.refresh(served)
+    queue.slots.release(elsewhere)
+    assert queue.log == [("talk", "elsewhere")]
+
+
+def test_waiters_keep_their_place_in_time_when_parts_become_one_process() -> None:
+    apart = split(None, None)
+    queue = Queue(apart)
+    queue.wait("first", apart)
+    queue.wait("second", apart, endpoint=EMBEDDINGS)
+    leaver = queue.wait("third", apart)
+    queue.wait("fourth", apart, endpoint=EMBEDDINGS)
+    one = split(None, None, "whole")
+    queue.refresh(one)
+    assert (queue.slots.queued("m", "whole"), queue.slots.queued("m", "chat"), queue.slots.waiting) == (4, 0, 4)
+    queue.slots.leave(one, leaver)
+    server = backend("server")
+    queue.refresh(split(server, server, "whole"))
+    for _ in range(3):
+        queue.slots.release(server)
+    assert [who for who, _ in queue.log] == ["first", "second", "fourth"]
+    assert (queue.slots.waiting, server.in_flight) == (0, 0)
 
 
 def test_the_queue_is_bounded_and_says_when_to_come_back() -> None:

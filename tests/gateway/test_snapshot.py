@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -173,9 +174,11 @@ def test_counters_survive_what_does_not_change_the_backend(cast: Cast) -> None:
     Instance.objects.update(state=State.DRAINING)
     copy.read()
     assert not copy.directory.backends
+    del backend  # nobody else keeps it now, and what it counted is still wanted
     Instance.objects.update(state=State.READY)
     copy.read()
-    assert list(copy.directory.backends.values()) == [backend]
+    (backend,) = copy.directory.backends.values()
+    assert (backend.in_flight, backend.slots) == (1, 3)
     row.refresh_from_db()
     row.generation = 2
     row.save()
@@ -206,6 +209,63 @@ def test_a_model_fails_only_when_all_its_instances_have_given_up(cast: Cast) -> 
     Instance.objects.filter(pk=other.pk).update(state=State.STOPPED)
     copy.read()
     assert copy.directory.names["tiny"].failures == {"chat": "bad file"}
+
+
+def test_a_part_that_has_given_up_leaves_the_other_alone(cast: Cast) -> None:
+    model = cast.model(engine="wasmedge", embedding_model_path="/models/embed.gguf")
+    cast.instance(model, None, State.CRASH_LOOP, part="chat", exit_reason="bad file")
+    cast.instance(model, 4000, part="embedding")
+    copy = Copy()
+    copy.read()
+    both = copy.directory.names["tiny"]
+    assert both.parts == ("chat", "embedding")
+    assert both.failures == {"chat": "bad file"}
+    assert set(both.offers) == {"/v1/embeddings"}
+    assert (both.ready("chat"), both.ready("embedding"), both.state) == (False, True, "ready")
+
+
+@pytest.mark.parametrize("diagnosis", ["preflight", "memory"])
+def test_a_refused_start_is_a_failure_only_while_nothing_else_may_come(cast: Cast, diagnosis: str) -> None:
+    model = cast.model()
+    refused = cast.instance(model, None, State.FAILED, pid=None, diagnosis=diagnosis, exit_reason="It needs 9 GiB.")
+    copy = Copy()
+    copy.read()
+    assert copy.directory.names["tiny"].failures == {"chat": "It needs 9 GiB."}
+    waiting = cast.instance(model, None, State.PENDING, pid=None)
+    copy.read()
+    assert copy.directory.names["tiny"].failures == {}
+    waiting.delete()
+    copy.read()
+    assert copy.directory.names["tiny"].failures == {"chat": "It needs 9 GiB."}
+    Instance.objects.filter(pk=refused.pk).update(diagnosis="crashed")  # this column alone, and it is noticed
+    copy.read()
+    assert copy.directory.names["tiny"].failures == {}
+
+
+def listed(copy: Copy, name: str = "tiny") -> tuple[str, int | None]:
+    entry = json.loads(copy.directory.listing[name])
+    return entry["state"], entry["context_length"]
+
+
+def test_the_list_says_what_state_a_model_is_in_and_how_long_its_context(cast: Cast) -> None:
+    copy = Copy()
+    model = cast.model(ctx_size=1234)
+    model.aliases.create(name="other")
+    cast.remote("http://127.0.0.1:1/v1", {"far": "x"})
+    copy.read()
+    assert listed(copy) == listed(copy, "other") == ("idle", 1234)
+    assert listed(copy, "far") == ("ready", None)
+    row = cast.instance(model, 4000, State.PENDING)
+    for state, said in (
+        (State.STARTING, "loading"),
+        (State.READY, "ready"),
+        (State.DRAINING, "idle"),
+        (State.FAILED, "loading"),  # its next try will come
+        (State.CRASH_LOOP, "failed"),
+    ):
+        Instance.objects.filter(pk=row.pk).update(state=state)
+        copy.read()
+        assert listed(copy) == (said, 1234)
 
 
 def test_a_missing_counter_is_a_database_error(cast: Cast) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import httpx
@@ -45,11 +45,14 @@ def text_of(events: list[Any]) -> str:
     return "".join(choice["delta"].get("content", "") for choice in choices)
 
 
-async def read_until_cut(gateway: Served, **fields: Any) -> tuple[httpx.Response, str]:
+async def read_until_cut(
+    gateway: Served, *, headers: Mapping[str, str] | None = None, **fields: Any
+) -> tuple[httpx.Response, str]:
     """Everything a stream brings that must end without its terminating chunk."""
     text = ""
     body = {"model": "tiny", "stream": True, "messages": [{"role": "user", "content": "hi"}], **fields}
-    async with gateway.client.stream("POST", "/v1/chat/completions", json=body, headers=gateway.headers()) as reply:
+    sent = {**gateway.headers(), **(headers or {})}
+    async with gateway.client.stream("POST", "/v1/chat/completions", json=body, headers=sent) as reply:
         parts = reply.aiter_text()
         while part := await _next_before_the_cut(parts):
             text += part
