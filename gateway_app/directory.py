@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 from gateway_app.routing.backends import Backend, Header, Model, Offer
 from gateway_app.upstream.origin import Origin
+from models_app.contracts.diagnoses import LASTING
 from models_app.contracts.traits import TRAITS, EngineTraits, endpoints_of
 
 logger = logging.getLogger(__name__)
@@ -27,8 +28,6 @@ CRASH_LOOP = "CRASH_LOOP"
 STOPPED = "STOPPED"
 # These serve nobody; what is left decides whether a part has failed.
 ENDING = frozenset({DRAINING, "STOPPING", STOPPED})
-# Diagnoses of a FAILED instance that could not even be started: checked again and again, but nothing to wait for.
-REFUSED = frozenset({"preflight", "memory"})
 REMOTE_TRAITS = TRAITS["openai"]
 _NO_TRAITS = EngineTraits("", "", frozenset())
 Backends = MutableMapping[Hashable, Backend]
@@ -190,8 +189,8 @@ def _local_model(row: ModelRow, offers: dict[str, tuple[Offer, ...]], live: list
 
 
 def _hopeless(instance: InstanceRow) -> bool:
-    """Given up, or refused before it could be started: requests need not wait for it."""
-    return instance.state == CRASH_LOOP or (instance.state == FAILED and instance.diagnosis in REFUSED)
+    """Given up, or failed for what only somebody's hand can change: requests need not wait for it."""
+    return instance.state == CRASH_LOOP or (instance.state == FAILED and instance.diagnosis in LASTING)
 
 
 def _by_endpoint(offers: list[Offer]) -> dict[str, tuple[Offer, ...]]:

@@ -7,7 +7,8 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from models_app.diagnosis_rules import OUT_OF_MEMORY, RULES, TITLES, Code, find
+from models_app.contracts.diagnoses import Code
+from models_app.diagnosis_rules import OUT_OF_MEMORY, RULES, TITLES, find
 from models_app.shim import ExitRecord
 
 SAID_CHARS = 300

@@ -7,43 +7,11 @@ their consequences.
 
 from __future__ import annotations
 
-import enum
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-
-class Code(enum.StrEnum):
-    """The kind of an end or of a refused start: Instance.diagnosis and Incident.diagnosis."""
-
-    OUT_OF_MEMORY = "out_of_memory"
-    NOT_A_MODEL = "not_a_model"
-    TRUNCATED_MODEL = "truncated_model"
-    UNSUPPORTED_MODEL = "unsupported_model"
-    MISSING_FILE = "missing_file"
-    BAD_TEMPLATE = "bad_template"
-    UNKNOWN_OPTION = "unknown_option"
-    BAD_OPTION = "bad_option"
-    COUNTS_APART = "counts_apart"
-    MISSING_PLUGIN = "missing_plugin"
-    MISSING_LIBRARY = "missing_library"
-    MISSING_PROGRAM = "missing_program"
-    UNKNOWN_IMPORT = "unknown_import"
-    BAD_WASM = "bad_wasm"
-    NO_GPU = "no_gpu"
-    PORT_TAKEN = "port_taken"
-    KILLED = "killed"
-    CRASHED = "crashed"
-    START_TIMEOUT = "start_timeout"
-    WRONG_SERVER = "wrong_server"
-    WEDGED = "wedged"
-    NOT_STARTED = "not_started"
-    PREFLIGHT = "preflight"
-    MEMORY = "memory"
-    NODE_RESTARTED = "node_restarted"
-    STOPPED = "stopped"
-    UNKNOWN = "unknown"
-
+from models_app.contracts.diagnoses import Code
 
 TITLES: dict[Code, str] = {
     Code.OUT_OF_MEMORY: "Out of memory",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from models_app.diagnosis_rules import Code
+from models_app.contracts.diagnoses import Code
 
 
 class AssistantError(Exception):
@@ -18,7 +18,7 @@ class StaleTransition(AssistantError):
 class PreflightError(AssistantError):
     """The engine cannot start here; the message says what is missing and what to do.
 
-    diagnosis: the kind of refusal, as an instance and its incident show it (models_app/diagnosis_rules.py).
+    diagnosis: the kind of refusal, as an instance and its incident show it (models_app/contracts/diagnoses.py); one of LASTING.
     """
 
     diagnosis: ClassVar[Code] = Code.PREFLIGHT
@@ -46,12 +46,6 @@ class UnknownImport(PreflightError):
     """The wasm file and WasmEdge do not fit together."""
 
     diagnosis = Code.UNKNOWN_IMPORT
-
-
-class PortTaken(PreflightError):
-    """The port asked for is in use, or every port is."""
-
-    diagnosis = Code.PORT_TAKEN
 
 
 class PathNotAllowed(PreflightError):

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import psutil
 
-from models_app.exceptions import PortTaken
+from models_app.exceptions import PreflightError
 from models_app.process_identity import ProcessIdentity, alive
 
 HOST = "127.0.0.1"
@@ -37,12 +37,12 @@ def bindable(port: int) -> bool:
 
 
 def choose(wanted: int | None, taken: Collection[int], span: tuple[int, int]) -> int:
-    """The wanted port, or a free one of the span (both ends included). Raises PortTaken naming who holds it."""
+    """The wanted port, or a free one of the span (both ends included). Raises PreflightError naming who holds it."""
     if wanted is not None:
         if wanted in taken:
-            raise PortTaken(f"Port {wanted} is in use by another instance; choose another port or leave it empty.")
+            raise PreflightError(f"Port {wanted} is in use by another instance; choose another port or leave it empty.")
         if not bindable(wanted):
-            raise PortTaken(f"Port {wanted} is in use by {holder(wanted)}; choose another port or leave it empty.")
+            raise PreflightError(f"Port {wanted} is in use by {holder(wanted)}; choose another port or leave it empty.")
         return wanted
     low, high = span
     # Not in order: a port just freed may still be in somebody's connection pool.
@@ -50,7 +50,7 @@ def choose(wanted: int | None, taken: Collection[int], span: tuple[int, int]) ->
     for port in candidates:
         if port not in taken and bindable(port):
             return port
-    raise PortTaken(f"No port from {low} to {high} is free; stop something or widen ASSISTANT_ENGINE_PORTS.")
+    raise PreflightError(f"No port from {low} to {high} is free; stop something or widen ASSISTANT_ENGINE_PORTS.")
 
 
 def holder(port: int) -> str:

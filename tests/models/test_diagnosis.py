@@ -19,10 +19,11 @@ from typing import Any
 
 import pytest
 
-from models_app import diagnosis, engine_access, ports
+from models_app import diagnosis, engine_access
+from models_app.contracts.diagnoses import LASTING, Code
 from models_app.contracts.traits import CHAT_ROLE
 from models_app.diagnosis import Case, Exit
-from models_app.diagnosis_rules import RULES, TITLES, Code
+from models_app.diagnosis_rules import RULES, TITLES
 from models_app.engines import gguf, programs
 from models_app.engines.base import Launch, ModelSpec
 from models_app.engines.embedded import SPEC
@@ -282,13 +283,6 @@ def test_a_code_from_elsewhere_still_has_a_title() -> None:
 # What a preflight finds before anything is started
 
 
-def refuse_port() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        ports.choose(taken.getsockname()[1], [], (1, 2))
-
-
 def refuse_file(content: bytes) -> Callable[[Path], object]:
     def refuse(folder: Path) -> None:
         (folder / "m.gguf").write_bytes(content)
@@ -301,7 +295,6 @@ REFUSALS: dict[Code, Callable[[Path], object]] = {
     Code.NOT_A_MODEL: refuse_file(b"<html>Entry not found</html>"),
     Code.TRUNCATED_MODEL: refuse_file(b"GGUF\x03\x00\x00\x00"),
     Code.MISSING_PROGRAM: lambda folder: programs.find(str(folder / "llama-server"), "SETTING", "install it"),
-    Code.PORT_TAKEN: lambda _: refuse_port(),
     Code.PREFLIGHT: lambda _: engine_access.adapter("steam"),
 }
 
@@ -311,6 +304,7 @@ def test_a_refusal_has_a_kind_as_an_exit_has(code: Code, tmp_path: Path) -> None
     with pytest.raises(PreflightError) as refusal:
         REFUSALS[code](tmp_path)
     assert refusal.value.diagnosis == code
+    assert code in LASTING  # it is tried again for ever, but no request waits for that
 
 
 # The embedded engine itself
