@@ -21,7 +21,7 @@ from django.utils import timezone
 
 from models_app import coordination, incidents
 from models_app.diagnosis import Exit
-from models_app.diagnosis_rules import Code
+from models_app.contracts.diagnoses import Code
 from models_app.exceptions import StaleTransition
 from models_app.models import Cause, DrainReason, Instance, ModelConfig, Node, State
 from models_app.process_identity import ProcessIdentity
