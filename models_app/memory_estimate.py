@@ -203,7 +203,7 @@ def cache_bytes(header: GgufHeader, run: Run) -> list[int]:
     """Context memory of every layer, all slots together."""
     if header.architecture in ENCODERS:
         return [0] * header.block_count
-    k, v = (_element(name) for name in (run.type_k, run.type_v))
+    k, v = (element_bytes(name) for name in (run.type_k, run.type_v))
     if _has_latent_cache(header):
         v = 0.0
     found = []
@@ -326,7 +326,7 @@ def largest_ctx(needed_at: Callable[[int], Sized], most: int, host_free: int, gp
     return low * SMALLEST_CTX or None
 
 
-def _element(cache_type: str) -> float:
+def element_bytes(cache_type: str) -> float:
     """Bytes of one number of the cache."""
     elements, size = BLOCKS[CACHE_TYPES.get(cache_type, 1)]
     return size / elements
