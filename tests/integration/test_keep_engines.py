@@ -15,7 +15,7 @@ from tests.running_platform import Platform, wait_until
 pytestmark = pytest.mark.platform
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def kept(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     """A platform that serves the demo model and keeps its engines. Ends with a plain life, which must leave nothing."""
     running = Platform(tmp_path_factory.mktemp("k") / "h", options=("--keep-engines",))

@@ -37,16 +37,18 @@ def texts(findings: Any) -> str:
     return "\n".join(f"{finding.text} {finding.remedy}" for finding in findings)
 
 
+def run_doctor(home: Path, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`manage.py doctor --fast` on a home with an embedded database and broker, at free addresses."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("DJANGO_SETTINGS_MODULE", "DATABASE_URL")}
+    addresses = {name: f"127.0.0.1:{free_port()}" for name in ("ASSISTANT_HTTP_ADDR", "ASSISTANT_GRPC_ADDR")}
+    environment = {**inherited, **addresses, "ASSISTANT_HOME": str(home), **variables}
+    argv = [sys.executable, "manage.py", "doctor", "--fast", *options]
+    return subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
 def doctor(home: Path, *options: str, **variables: str) -> tuple[int, dict[str, list[Finding]]]:
     """`manage.py doctor --json` on a home of its own: exit code and findings by check."""
-    environment = {**os.environ, "ASSISTANT_HOME": str(home), **variables}
-    environment.setdefault("ASSISTANT_HTTP_ADDR", f"127.0.0.1:{free_port()}")
-    environment.setdefault("ASSISTANT_GRPC_ADDR", f"127.0.0.1:{free_port()}")
-    environment.pop("DJANGO_SETTINGS_MODULE", None)
-    done = subprocess.run(
-        [sys.executable, "manage.py", "doctor", "--json", "--fast", *options],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+    done = run_doctor(home, "--json", *options, **variables)
     assert not done.stderr, done.stderr
     by_check: dict[str, list[Finding]] = {}
     for told in json.loads(done.stdout)["findings"]:
@@ -94,16 +96,7 @@ class TestCommand:
         assert "not up to date" in found["models"][0].text
 
     def test_text_goes_without_colour_into_a_pipe(self, tmp_path: Path) -> None:
-        environment = {**os.environ, "ASSISTANT_HOME": str(tmp_path)}
-        environment.pop("DJANGO_SETTINGS_MODULE", None)
-        done = subprocess.run(
-            [sys.executable, "manage.py", "doctor", "--fast"],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = run_doctor(tmp_path)
         assert "\033" not in done.stdout
         assert done.stdout.splitlines()[0].startswith("warn  platform ")
         assert "to look at" in done.stdout.splitlines()[-1]
