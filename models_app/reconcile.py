@@ -6,7 +6,7 @@ What must happen to processes is returned as Orders: whoever calls has them carr
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -15,7 +15,7 @@ from django.utils import timezone
 
 from models_app import coordination, launch_spec, lifecycle, runtime_folder, scheduling
 from models_app.exceptions import CoordinationUnavailable, StaleTransition
-from models_app.models import DrainReason, Instance, ModelConfig, Node, State
+from models_app.models import Cause, DrainReason, Instance, ModelConfig, Node, State
 from models_app.planning import Action, Create, Desired, Drain, Drop, NodeView, Observed, Order, Placement, Reset, World, plan
 from models_app.scheduler import Target
 from models_app.scheduling import PartKey, Traffic
@@ -44,10 +44,12 @@ def run_round() -> Round:
     What was written is planned for again at once, so that a new instance need not wait for the next round.
     """
     seen, now = scheduling.traffic(), timezone.now()
-    targets = scheduling.decide(list(ModelConfig.objects.enabled()), _current(), seen, now)
+    before = _current()
+    targets = scheduling.decide(list(ModelConfig.objects.enabled()), before, seen, now)
+    known = {one.pk for one in before}
     orders: list[Order] = []
     for _ in range(PASSES):
-        actions = plan(observe(targets, seen, now), timezone.now())
+        actions = plan(observe(targets, seen, now, known), timezone.now())
         orders = apply(actions)
         if all(isinstance(action, Order) for action in actions):
             break
@@ -58,11 +60,16 @@ def _current() -> list[Instance]:
     return list(Instance.objects.current().select_related("node").defer("exit_log", "engine_secret"))
 
 
-def observe(targets: Mapping[PartKey, Target], seen: Traffic, now: datetime) -> World:
-    """Desired, by these targets, and observed, as it is now. A model that was enabled only now waits for the next round."""
+def observe(targets: Mapping[PartKey, Target], seen: Traffic, now: datetime, known: Collection[int]) -> World:
+    """Desired, by these targets, and observed, as it is now.
+
+    A model that was enabled after they were decided waits for the next round, and so does what was started by hand since,
+    which is not among the known instances: it would be taken for one too many.
+    """
     models = [model for model in ModelConfig.objects.enabled() if all((model.pk, part) in targets for part in model.parts)]
     desired = [_desired(model, part, targets[model.pk, part]) for model in models for part in model.parts]
-    return World(desired, [_observed(one, seen, now) for one in _current()], observe_nodes())
+    instances = [one for one in _current() if one.pk in known or one.cause != Cause.MANUAL]
+    return World(desired, [_observed(one, seen, now) for one in instances], observe_nodes())
 
 
 def _desired(model: ModelConfig, part: str, target: Target) -> Desired:

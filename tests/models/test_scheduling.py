@@ -11,7 +11,7 @@ import pytest
 from django.utils import timezone
 from pytest_django.fixtures import Settings
 
-from models_app import coordination, scheduling
+from models_app import coordination, reconcile, scheduling
 from models_app.contracts.coordination import TELEMETRY_LIFE_MS, USE_LIFE_MS, telemetry_key, use_key
 from models_app.models import Cause, Instance, ModelConfig, State
 from models_app.scheduler import PRESSED_S, Target
@@ -185,3 +185,12 @@ def test_what_the_scheduler_remembers_does_not_outlive_its_model() -> None:
     model.delete()
     decide()
     assert coordination.read_hash(scheduling.MEMORY) == {}
+
+
+def test_what_is_started_by_hand_during_a_round_is_not_one_too_many() -> None:
+    model = make_model(min_replicas=0)
+    targets, seen, now = {(model.pk, "chat"): Target(0)}, scheduling.traffic(), timezone.now()
+    manual = make_instance(State.PENDING, model, cause=Cause.MANUAL)
+    assert reconcile.observe(targets, seen, now, set()).instances == []
+    [found] = reconcile.observe(targets, seen, now, {manual.pk}).instances
+    assert found.instance_id == manual.pk
