@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from importlib import metadata
@@ -13,8 +12,9 @@ import httpx
 from models_app.engines import llama_http, llama_model
 from models_app.engines.base import Command, EngineSettings, Launch, ModelSpec, Probe, Target
 from models_app.engines.embedded_options import OPTIONS, as_attributes, check_options, check_template
-from models_app.exceptions import PreflightError
+from models_app.exceptions import MissingProgram
 
+PACKAGE = "xllamacpp"
 SPEC = "spec.json"
 SERVER = Path(__file__).with_name("embedded_server.py")
 
@@ -29,14 +29,14 @@ class EmbeddedEngine:
         self._settings = settings
 
     def installed(self) -> str:
+        """Without importing the library: it is large, and belongs into the engine's process alone."""
         try:
-            return f"xllamacpp {metadata.version('xllamacpp')}"
+            return f"{PACKAGE} {metadata.version(PACKAGE)}"
         except metadata.PackageNotFoundError:
-            raise PreflightError("The Python package xllamacpp is missing; install requirements.txt again.") from None
+            raise MissingProgram(f"The Python package {PACKAGE} is missing; install requirements.txt again.") from None
 
     def preflight(self, model: ModelSpec) -> None:
-        if importlib.util.find_spec("xllamacpp") is None:
-            raise PreflightError("The Python package xllamacpp is missing; install requirements.txt again.")
+        self.installed()
         check_options(model.extra_args)
         check_template(model.prompt_template)
         llama_model.check_files(model.extra_args)

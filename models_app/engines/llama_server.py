@@ -35,7 +35,7 @@ class LlamaServerEngine:
         self._program = settings.llama_server
 
     def installed(self) -> str:
-        binary = llama_server_binary.inspect(self._program)
+        binary = self._binary()
         return f"{binary.path}, version {binary.version}"
 
     def preflight(self, model: ModelSpec) -> None:

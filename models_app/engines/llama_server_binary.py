@@ -77,7 +77,7 @@ def _ask(path: Path, flag: str) -> str:
 
 
 def _why_not(path: Path, answer: Answer) -> PreflightError:
-    """What to say of a binary that does not start, from what the loader or the kernel said."""
+    """What to raise for a binary that does not start, from what the loader or the kernel said."""
     if library := _LIBRARY.search(answer.text):
         return MissingLibrary(
             f"{path} cannot start: the library {library[1]} is missing; install it, or add its folder to LD_LIBRARY_PATH."

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+import xllamacpp
 from pytest_django.fixtures import Settings
 
 from models_app import engine_access, provisioning
@@ -91,6 +92,10 @@ def test_a_sound_model_passes(model_file: Path) -> None:
 def test_what_cannot_start_here_is_refused_with_a_remedy(model_file: Path, changes: dict[str, Any], told: str) -> None:
     with pytest.raises(PreflightError, match=told):
         ENGINE.preflight(spec(model_file, **changes) if "chat_model_path" not in changes else spec(None))
+
+
+def test_the_library_is_told_with_its_version() -> None:
+    assert ENGINE.installed() == f"xllamacpp {xllamacpp.__version__}"
 
 
 FORBIDDEN = "hostnames port api_keys api_prefix public_path slot_save_path log_json model hf_token mcp_servers_json server_tools"

@@ -19,7 +19,7 @@ from models_app.engines.llama_server import NEEDED, LlamaServerEngine
 from models_app.engines.llama_server_binary import flags_in, inspect
 from models_app.engines.llama_server_options import OPTIONS, SAID, as_argv
 from models_app.engines.options import check
-from models_app.exceptions import PreflightError
+from models_app.exceptions import MissingLibrary, MissingProgram, PreflightError
 from tests.fakes import gguf_files
 from tests.models.test_embedded import spec
 
@@ -108,28 +108,40 @@ def test_a_binary_is_asked_again_once_it_has_changed(binary: Callable[..., Path]
 
 
 @pytest.mark.parametrize(
-    ("instead", "told"),
+    ("instead", "kind", "told"),
     [
-        ("echo hello", "is not llama.cpp's server"),
+        ("echo hello", MissingProgram, "is not llama.cpp's server"),
         (
             'echo "$0: error while loading shared libraries: libcudart.so.12: cannot open shared object file"; exit 127',
+            MissingLibrary,
             "the library libcudart.so.12 is missing; install it, or add its folder to LD_LIBRARY_PATH",
         ),
-        ("echo \"$0: /lib/libc.so.6: version 'GLIBC_2.38' not found (required by $0)\"; exit 1", "GLIBC_2.38 is missing here"),
-        ("kill -ILL $$", "another kind of processor"),
-        ("echo no driver; exit 3", r"exit code 3\): no driver"),
+        (
+            "echo \"$0: /lib/libc.so.6: version 'GLIBC_2.38' not found (required by $0)\"; exit 1",
+            MissingLibrary,
+            "GLIBC_2.38 is missing here",
+        ),
+        ("kill -ILL $$", MissingProgram, "another kind of processor"),
+        ("echo no driver; exit 3", MissingProgram, r"exit code 3\): no driver"),
     ],
 )
 def test_a_binary_that_does_not_start_is_told_from_why(
-    binary: Callable[..., Path], model_file: Path, instead: str, told: str
+    binary: Callable[..., Path], model_file: Path, instead: str, kind: type[PreflightError], told: str
 ) -> None:
-    with pytest.raises(PreflightError, match=told):
+    with pytest.raises(kind, match=told):
         engine(binary(instead=instead)).preflight(spec(model_file))
 
 
 def test_a_missing_binary_is_named_with_its_setting(model_file: Path) -> None:
     with pytest.raises(PreflightError, match=r"llama-nowhere is not on PATH; install llama.cpp .* in ASSISTANT_LLAMA_SERVER"):
         engine("llama-nowhere").preflight(spec(model_file))
+
+
+def test_what_is_installed_is_told_with_its_version(binary: Callable[..., Path]) -> None:
+    program = binary("version: 4567 (abc1234)")
+    assert engine(program).installed() == f"{program}, version 4567 (abc1234)"
+    with pytest.raises(MissingProgram):
+        engine("llama-nowhere").installed()
 
 
 def test_an_old_binary_is_refused_with_the_flags_it_lacks(binary: Callable[..., Path], model_file: Path) -> None:
