@@ -6,18 +6,18 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-import psutil
 from django.conf import settings
 
+from models_app import node_memory
 from models_app.doctor.database import sqlite_file
 from models_app.doctor.finding import Context, Finding, fail, ok, warn
+from models_app.node_memory import HostMemory
 
 GIB = 1 << 30
 DISK_FAIL = GIB // 4
 DISK_WARN = 2 * GIB
 INODES_WARN = 0.02
 MEMORY_WARN = GIB // 2
-CGROUP = Path("/sys/fs/cgroup")
 
 
 def check_disk(context: Context) -> Iterable[Finding]:
@@ -53,26 +53,14 @@ def judge_disk(what: str, free: int, inodes: float) -> Finding:
 
 
 def check_memory(context: Context) -> Iterable[Finding]:
-    memory = psutil.virtual_memory()
-    limit, used = _cgroup()
-    yield judge_memory(memory.total, memory.available, limit, used)
+    yield judge_memory(node_memory.host_memory())
+    for gpu in node_memory.gpus():
+        yield ok(f"{gpu.free / GIB:.1f} of {gpu.total / GIB:.1f} GiB are free on GPU {gpu.index}, {gpu.name}.")
 
 
-def _cgroup() -> tuple[int | None, int]:
-    """(limit, what counts against it and could not be given back) in bytes; no limit where none is set or told."""
-    try:
-        raw = (CGROUP / "memory.max").read_text().strip()
-        used = int((CGROUP / "memory.current").read_text())
-        facts = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return None, 0
-    return (None if raw == "max" else int(raw)), used - int(facts.get("inactive_file", 0))
-
-
-def judge_memory(total: int, available: int, limit: int | None, used: int) -> Finding:
-    left = available if limit is None else max(0, min(available, limit - used))
-    bound = total if limit is None else min(total, limit)
-    told = f"{left / GIB:.1f} of {bound / GIB:.1f} GiB of memory are free{'' if limit is None else ' in this container'}"
-    if left < MEMORY_WARN:
+def judge_memory(memory: HostMemory) -> Finding:
+    where = "" if memory.group_limit is None else " in this container"
+    told = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB of memory are free{where}"
+    if memory.available < MEMORY_WARN:
         return warn(f"Only {told}.", "Stop something, or serve smaller models: new ones may not fit.")
     return ok(f"{told}.")

@@ -31,6 +31,7 @@ from models_app.doctor.finding import Check, Context, Finding, Level, as_json, a
 from models_app.doctor.listeners import Fixed, Listener
 from models_app.doctor.workers import Seen
 from models_app.exceptions import CoordinationUnavailable
+from models_app.node_memory import HostMemory
 from models_app.nodes import NodeState
 
 GIB = 1 << 30
@@ -220,11 +221,10 @@ class TestResources:
             resources.judge_disk("home", 100 * GIB, 0.001),
         ) == ["ok", "warn", "fail", "warn"]
 
-    def test_memory_is_bounded_by_the_container(self) -> None:
-        assert levels(resources.judge_memory(16 * GIB, 8 * GIB, None, 0)) == ["ok"]
-        tight = resources.judge_memory(16 * GIB, 8 * GIB, 2 * GIB, 2 * GIB - 1000)
-        assert (tight.level, "0.0 of 2.0 GiB" in tight.text) == (Level.WARN, True)
-        assert levels(resources.judge_memory(16 * GIB, GIB // 4, 32 * GIB, 0)) == ["warn"]
+    def test_memory(self) -> None:
+        assert levels(resources.judge_memory(HostMemory(16 * GIB, 8 * GIB, None))) == ["ok"]
+        tight = resources.judge_memory(HostMemory(2 * GIB, 1000, 2 * GIB))
+        assert (tight.level, "0.0 of 2.0 GiB of memory are free in this container" in tight.text) == (Level.WARN, True)
 
 
 class TestListeners:
