@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import xllamacpp
+from django.conf import settings
 from pytest_django.fixtures import Settings
 
 from models_app import launch_spec
+from models_app.engines import llama_server_options
 from models_app.engines.embedded_options import OPTIONS, as_attributes, check_options
 from models_app.engines.embedded_server import set_option
 from models_app.engines.options import Adapters, Cpus, File, Number, Option, Shares, Switch, Table, Text, Whole, Word, Words
@@ -109,3 +112,15 @@ class TestFiles:
     def test_what_is_no_path_stays_for_the_engine_to_refuse(self, engine: str) -> None:
         extra = {"draft_model": 7, "lora": "x", "nosuch": "y"}
         assert launch_spec.model_spec(make_model(engine=engine, extra_args=extra), "chat").extra_args == extra
+
+
+def test_every_setting_is_documented() -> None:
+    told = (Path(settings.BASE_DIR) / "docs" / "engines.md").read_text()
+    names = {*OPTIONS, *llama_server_options.OPTIONS}
+    assert [name for name in sorted(names) if f"`{name.removeprefix('sampling.')}`" not in told] == []
+
+
+@pytest.mark.parametrize("name", sorted(OPTIONS.keys() - llama_server_options.OPTIONS.keys()))
+def test_what_llama_server_has_no_flag_for_is_documented_as_such(name: str) -> None:
+    told = (Path(settings.BASE_DIR) / "docs" / "engines.md").read_text()
+    assert re.search(rf"`embedded` alone: [^|]*`{name.removeprefix('sampling.')}`", told)
