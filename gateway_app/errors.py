@@ -227,6 +227,8 @@ def _is_context_error(kind: object, code: object, message: str) -> bool:
     if kind == "exceed_context_size_error" or code == "context_length_exceeded":
         return True
     lowered = message.lower()
+    if "too large to process" in lowered:  # llama.cpp of an input to embed that does not fit into one piece, with status 500
+        return True
     return any(phrase in lowered for phrase in _CONTEXT_PHRASES) and (
         "exceed" in lowered or "larger" in lowered or "too l" in lowered
     )

@@ -133,6 +133,12 @@ def test_a_prompt_that_does_not_fit_is_one_error_however_the_engine_says_it(stat
     assert "5030 tokens" in error.message
 
 
+def test_an_input_that_cannot_be_embedded_in_one_piece_is_the_client_s_to_shorten() -> None:
+    said = "input (862 tokens) is too large to process. increase the physical batch size (current batch size: 512)"
+    error = errors.from_engine(500, {"code": 500, "message": said, "type": "server_error"})
+    assert (error.status, error.code) == (400, "context_length_exceeded")
+
+
 @pytest.mark.parametrize(
     "said",
     [
