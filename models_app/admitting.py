@@ -1,30 +1,35 @@
 """May an instance start on this node now? The effects of admission: who waits, who is unloaded for it, who makes room.
 
-Looked at right before the spawn, under a lease of the node, so that two starts never count the same free memory. What is
-claimed is reserved in the row (memory_bytes) before the lease is given back; nothing is held while an engine loads.
+Looked at right before the spawn, under a lock of the node, so that two starts never count the same free memory. What is
+claimed is reserved in the row (memory_bytes) before the lock is given back; nothing is held while an engine loads.
 """
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
+from typing import TextIO
 
+from django.conf import settings
 from django.utils import timezone
 
-from models_app import coordination, lifecycle, scheduling
+from models_app import admission, fit, lifecycle, scheduling
+from models_app.admission import Kind
 from models_app.engines.base import ModelSpec
-from models_app.exceptions import CoordinationUnavailable, StaleTransition
+from models_app.exceptions import StaleTransition
 from models_app.models import Cause, DrainReason, Instance, ModelConfig, State
 from models_app.models.instance import InstanceQuerySet
 
 log = logging.getLogger(__name__)
 
-LEASE_MS = 10_000  # many times what an admission takes; a worker that dies in it stands in the way so long
-LEASE_WAIT_S = 2.0
+LOCK = ".admission"
+LOCK_WAIT_S = 5.0  # many times what an admission takes
 STARVED = timedelta(seconds=30)  # wanted and held back for so long: busy ones make room
 SETTLED = timedelta(seconds=10)  # READY for so short a time: just loaded, so it stays
 FREED = timedelta(seconds=10)  # what an unload has freed belongs so long to whoever has waited longest
@@ -47,20 +52,26 @@ class Answer:
 
 
 @contextmanager
-def alone(node_name: str) -> Iterator[bool]:
-    """Whether this is the only admission on the node; waits a moment for that. False: somebody else must do it, later."""
-    until = time.monotonic() + LEASE_WAIT_S
-    try:
-        while (lease := coordination.acquire(f"admission:{node_name}", LEASE_MS)) is None and time.monotonic() < until:
+def alone() -> Iterator[bool]:
+    """Whether this is the only admission on this node; waits a moment for that. False: somebody else must do it, later.
+
+    A lock of the file system: it is the node's own, and a worker that dies gives it back.
+    """
+    folder = Path(settings.ASSISTANT_INSTANCES_DIR)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with (folder / LOCK).open("a") as file:
+        until = time.monotonic() + LOCK_WAIT_S
+        while not (locked := _lock(file)) and time.monotonic() < until:
             time.sleep(0.02)
-    except CoordinationUnavailable as error:
-        log.warning("Nothing is started: %s", error)
-        lease = None
+        yield locked
+
+
+def _lock(file: TextIO) -> bool:
     try:
-        yield lease is not None
-    finally:
-        if lease is not None:
-            lease.release()
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def ask(instance: Instance, config: ModelConfig, spec: ModelSpec) -> Answer:
@@ -126,6 +137,10 @@ def _node_full(instance: Instance, may_evict: bool) -> Answer | None:
     if running < most:
         return None
     sentence = f"Node {instance.node.name} runs {running} processes and may run {most} (max_instances)."
+    idle = admission.eviction_order(fit.residents(instance.node.name)) if may_evict else []
+    victims = [one.instance_id for one in idle if one.instance_id != instance.pk][: running - most + 1]
+    if victims and len(victims) > running - most:
+        return Answer(f"{sentence} It starts after unloading {_names(victims)}.", hold=NODE_FULL, victims=victims)
     return Answer(f"{sentence} It waits until one of them ends.", hold=NODE_FULL)
 
 
@@ -134,8 +149,14 @@ def _names(instances: Sequence[int]) -> str:
     return " and ".join(names)
 
 
-def _memory(_instance: Instance, _config: ModelConfig, _spec: ModelSpec, _may_evict: bool) -> Answer:
-    return Answer()
+def _memory(instance: Instance, config: ModelConfig, spec: ModelSpec, may_evict: bool) -> Answer:
+    verdict = fit.admit(instance, config, spec, may_evict)
+    if verdict.kind == Kind.FITS:
+        return Answer(verdict.sentence, verdict.needs_bytes, verdict.free_bytes)
+    victims = [one.instance_id for one in verdict.victims]
+    if verdict.kind == Kind.NEVER and not _fits_in_place(instance, verdict.needs_bytes - verdict.free_bytes):
+        return Answer(verdict.sentence, verdict.needs_bytes, never=True)
+    return Answer(verdict.sentence, verdict.needs_bytes, verdict.free_bytes, MEMORY, victims=victims)
 
 
 def _fits_in_place(instance: Instance, lacking: int) -> bool:

@@ -1,4 +1,4 @@
-"""The two processes of one instance on this node: who they are, whether they live, what the engine says, and how they are killed."""
+"""The two processes of one instance on this node: who they are, whether they live, what the engine says, how they are killed."""
 
 from __future__ import annotations
 

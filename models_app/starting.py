@@ -12,7 +12,7 @@ from django.utils import timezone
 
 from models_app import admitting, diagnosis, engine_access, launch_spec, lifecycle, ports, runtime_folder
 from models_app.contracts import secret_box
-from models_app.diagnosis_rules import Code
+from models_app.contracts.diagnoses import Code
 from models_app.engine_process import folder_of
 from models_app.engines.base import EngineAdapter, Launch, ModelSpec
 from models_app.exceptions import PreflightError, SpawnError
@@ -46,7 +46,7 @@ def provision(instance: Instance) -> bool:
 
 def _admit(instance: Instance, config: ModelConfig, spec: ModelSpec, digest: str) -> Launch | None:
     """Take memory, a port and the next generation, while nobody else on this node does; None where it has to wait."""
-    with admitting.alone(instance.node.name) as alone:
+    with admitting.alone() as alone:
         if not alone:
             return None
         answer = admitting.ask(instance, config, spec)

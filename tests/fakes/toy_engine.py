@@ -1,56 +1,83 @@
-"""A stand-in engine: a small HTTP server that behaves as told, and its adapter. It shows what adding an engine takes.
+"""A stand-in engine: a small HTTP server that behaves as told. Its adapter is in tests/models/toy.py.
 
 Run by path with its runtime folder: toy_engine.py <folder>. toy.json there says how it behaves:
-serve (answers /slots as an engine does), exit (prints a reason and ends), silent (never listens), deaf (serves and
-ignores TERM), wrong (answers everybody, key or not).
+serve (answers /slots as an engine does), exit (prints a reason and ends), silent (never listens), slow (listens after
+delay_s, saying so all the while), deaf (serves and ignores TERM), wrong (answers everybody, key or not), taken (ends as an engine
+does whose port somebody else has).
+
+It imports nothing that takes time, so that tests can start hundreds: run it with python -I -S.
 """
 
-from __future__ import annotations
-
-import json
+import os
 import signal
+import socket
 import sys
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+import time
 
-TOY = Path(__file__)
+TOY = os.path.abspath(__file__)  # noqa: PTH100  # pathlib takes long to import
+ANSWERS = {True: (200, b'[{"id": 0, "is_processing": false}]'), False: (401, b"{}")}
 
 
 def say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
+    os.write(1, f"{line}\n".encode())
+
+
+def answer(connection: socket.socket, secret: bytes, answers_everybody: bool) -> None:
+    """One request, which has no body, and goodbye."""
+    connection.settimeout(2.0)
+    asked = b""
+    while b"\r\n\r\n" not in asked:
+        piece = connection.recv(4096)
+        if not piece:
+            return
+        asked += piece
+    known = answers_everybody or b": Bearer " + secret + b"\r\n" in asked
+    status, body = ANSWERS[known]
+    head = f"HTTP/1.1 {status} -\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    connection.sendall(head.encode() + body)
 
 
 def serve(port: int, secret: str, answers_everybody: bool) -> None:
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            known = answers_everybody or self.headers.get("Authorization") == f"Bearer {secret}"
-            body = b'[{"id": 0, "is_processing": false}]' if known else b"{}"
-            self.send_response(200 if known else 401)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind(("127.0.0.1", port))
+        server.listen(64)
         say("toy: listening")
-        server.serve_forever(poll_interval=0.05)
+        while True:
+            connection, _ = server.accept()
+            with connection:
+                try:
+                    answer(connection, secret.encode(), answers_everybody)
+                except OSError:  # the client has gone
+                    continue
+
+
+def read(folder: str) -> dict[str, str]:
+    """toy.json holds one flat object of strings; the json module would take as long as the rest of the start."""
+    with open(f"{folder}/toy.json") as file:  # noqa: PTH123  # pathlib takes long, too
+        pairs = file.read().strip("{}\n ").split(", ")
+    return {name.strip('"'): value.strip('"') for name, value in (pair.split(": ", 1) for pair in pairs)}
 
 
 def main(folder: str) -> int:
-    said = json.loads((Path(folder) / "toy.json").read_text())
+    said = read(folder)
     behaviour = said["behaviour"]
     if behaviour == "exit":
         say("toy: the tensor is missing")
         return 4
+    if behaviour == "taken":
+        say(f"couldn't bind HTTP server socket, hostname: 127.0.0.1, port: {said['port']}")
+        return 1
     if behaviour == "silent":
         say("toy: loading for ever")
         signal.pause()
+    until = time.monotonic() + float(said.get("delay_s", "0"))
+    while time.monotonic() < until:
+        say("toy: loading")
+        time.sleep(0.05)
     if behaviour == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    serve(said["port"], said["secret"], behaviour == "wrong")
+    serve(int(said["port"]), said["secret"], behaviour == "wrong")
     return 0
 
 

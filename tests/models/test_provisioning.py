@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -20,33 +18,17 @@ from pytest_django.fixtures import Settings
 from models_app import coordination, health, lifecycle, provisioning, runtime_folder
 from models_app.contracts import secret_box
 from models_app.contracts.coordination import USE_LIFE_MS, use_key
-from models_app.engines.base import Command, Launch, ModelSpec
-from models_app.engines.embedded import EmbeddedEngine
 from models_app.engines.registry import ENGINES
-from models_app.exceptions import PreflightError, StaleTransition
+from models_app.exceptions import StaleTransition
 from models_app.health_verdict import FAILED_PROBES
 from models_app.models import Instance, ModelConfig, State
 from models_app.process_identity import alive, send, wait_gone
 from tests.fakes import gguf_files
-from tests.fakes.toy_engine import TOY
 from tests.models.instances import make_instance, make_model, make_node
+from tests.models.toy import ToyEngine
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("valkey", "toy")]
 PATIENCE_S = 20.0
-
-
-class ToyEngine(EmbeddedEngine):
-    """What an adapter needs: a name, a preflight, a command. It is probed as the embedded engine is."""
-
-    name = "toy"
-
-    def preflight(self, model: ModelSpec) -> None:
-        if model.extra_args.get("behaviour") is None:
-            raise PreflightError("The toy has no behaviour; set extra_args.")
-
-    def command(self, launch: Launch) -> Command:
-        said = {"port": launch.port, "secret": launch.secret, "behaviour": launch.model.extra_args["behaviour"]}
-        return Command([sys.executable, "-I", str(TOY), str(launch.folder)], files={"toy.json": json.dumps(said)})
 
 
 @pytest.fixture
