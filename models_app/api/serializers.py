@@ -58,7 +58,7 @@ class ModelSerializer(CheckedSerializer[ModelConfig]):
         settings_fields: ClassVar = [
             "name", "engine", "chat_model_path", "embedding_model_path", "tts_model_path", "prompt_template", "ctx_size",
             "batch_size", "slots", "threads", "gpu_layers", "extra_args", "min_replicas", "max_replicas", "idle_timeout_s",
-            "pinned", "priority", "enabled", "port",
+            "pinned", "priority", "enabled", "port", "one_process",
         ]  # fmt: skip
         fields: ClassVar = ["id", *settings_fields, "aliases", "state", "ready_replicas", "reason", "created_at", "updated_at"]
         read_only_fields: ClassVar = ["created_at", "updated_at"]
