@@ -186,7 +186,7 @@ def test_a_saved_model_asks_for_a_reconcile(browser: Client, django_capture_on_c
         ({"name": "bad name"}, "name", "Use letters"),
         ({"chat_model_path": "/etc/passwd"}, "chat_model_path", "outside the folders for model files, which are: "),
         ({"chat_model_path": "gone.gguf"}, "chat_model_path", "There is no file gone.gguf"),
-        ({"chat_model_path": ""}, "chat_model_path", "needs chat_model_path"),
+        ({"chat_model_path": ""}, "__all__", "Give at least one of chat_model_path"),
         ({"extra_args": '{"host": "::"}'}, "extra_args", "not an allowed setting"),
         ({"extra_args": "[]"}, "extra_args", "object"),
         ({"extra_args": "{"}, "extra_args", "valid JSON"),
