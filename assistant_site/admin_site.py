@@ -48,6 +48,7 @@ NAVIGATION = [
         "items": [
             {"title": "Overview", "icon": "dashboard", "link": reverse_lazy("admin:index")},
             _page("Instances", "memory", "models_app.instance"),
+            _page("Loads", "downloading", "models_app.load"),
             _page("Incidents", "report", "models_app.incident"),
         ],
     },

@@ -32,6 +32,7 @@ ALMOST = 0.95  # progress says no more before it is READY
 OVERDUE = 0.2  # share of the time so far that a load beyond its expectation is taken to need still
 BEAT = timedelta(seconds=1)  # between two notes of a load's progress
 KEPT = 200  # newest loads kept per model
+WAITS_FOR = {"memory": "waits for memory", "node_full": "waits for room on its node"}  # by Instance.hold
 NO_NODE = "No machine is ready to run it; an administrator should see that a worker runs and its node is not cordoned."
 
 
@@ -74,7 +75,8 @@ def stage_of(generation: int, state: State, at: int, was_ready: bool) -> Stage:
 def follow(targets: Mapping[PartKey, Target], now: datetime | None = None) -> None:
     """Open, move, close and publish loads as instances are now; once a reconcile round, after its rows are written."""
     now = now or timezone.now()
-    instances = list(Instance.objects.current().select_related("node", "model").defer("exit_log", "engine_secret"))
+    current = Instance.objects.current().select_related("node", "model").defer("exit_log", "engine_secret")
+    instances = list(current.order_by("id"))
     for load in Load.objects.filter(ended_at__isnull=True).select_related("instance__node"):
         _move(load, now)
     _open(instances)
@@ -327,10 +329,19 @@ def current(model_id: int) -> list[Load]:
     return list(Load.objects.filter(model_id=model_id, ended_at__isnull=True).order_by("id"))
 
 
-def in_words(load: Load, now: datetime | None = None) -> str:
-    """“loading 40 %, about 12 s”, “waits for memory: …”; of one that has ended, how it ended."""
+def eta_s(load: Load, now: datetime | None = None) -> float | None:
+    """Seconds until it should be READY; None where nothing is known, where it waits for something, and once it has ended."""
+    if load.ended_at is not None or load.detail:
+        return None
+    if load.started_at is None:
+        return load.expected_s
+    return sight(((now or timezone.now()) - load.started_at).total_seconds(), load.expected_s, None).eta_s
+
+
+def in_words(load: Load, now: datetime | None = None, hold: str = "") -> str:
+    """“loading 40 %, about 12 s”, “waits for memory: …”; of one that has ended, how it ended. hold: its instance's."""
     if load.stage == Stage.WAITING:
-        return f"waits: {load.detail}" if load.detail else "waits to be started"
+        return f"{WAITS_FOR.get(hold, 'waits')}: {load.detail}" if load.detail else "waits to be started"
     if load.stage != Stage.LOADING or load.started_at is None:
         return load.detail or load.stage
     elapsed = ((now or timezone.now()) - load.started_at).total_seconds()

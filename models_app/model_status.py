@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from django.db.models import Prefetch
 
-from models_app.models import Instance, ModelConfig, State
+from models_app import loads
+from models_app.contracts.traits import CHAT_ROLE
+from models_app.models import Instance, Load, ModelConfig, State
 from models_app.models.model_config import ModelConfigQuerySet
 
 NOWHERE = "No node has taken it yet. If this stays: is a worker running, and is any node neither silent nor cordoned?"
@@ -28,27 +30,50 @@ class Condition(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ModelStatus:
-    """ready and desired count processes; reason is the sentence of the failed instance, or why nothing is tried; else empty."""
+    """ready and desired count processes; reason is the sentence of the failed instance, or why nothing is tried; else empty.
+
+    activity: “loading 40 %, about 12 s”, “waits for memory: …”, “loads when asked”; empty where there is nothing to tell.
+    """
 
     condition: Condition
     ready: int
     desired: int
     reason: str = ""
     failed_instance: int | None = None
+    activity: str = ""
 
 
 def with_current_instances(models: ModelConfigQuerySet) -> ModelConfigQuerySet:
-    """Prefetch what status_of needs: one query for the whole page."""
+    """Prefetch what status_of needs: two queries for the whole page."""
     light = Instance.objects.current().defer("exit_log", "engine_secret")
-    return models.prefetch_related(Prefetch("instances", queryset=light, to_attr="current_instances"))
+    under_way = Load.objects.filter(ended_at__isnull=True).order_by("id")
+    return models.prefetch_related(
+        Prefetch("instances", queryset=light, to_attr="current_instances"),
+        Prefetch("loads", queryset=under_way, to_attr="current_loads"),
+    )
 
 
 def status_of(model: ModelConfig) -> ModelStatus:
-    """Status of a model that came through with_current_instances, or of any other at one query."""
+    """Status of a model that came through with_current_instances, or of any other at two queries."""
     instances: Sequence[Instance] | None = getattr(model, "current_instances", None)
     if instances is None:
         instances = list(model.instances.current().defer("exit_log", "engine_secret")) if model.pk else []
-    return judge(model.enabled, model.min_replicas, instances)
+    under_way: Sequence[Load] | None = getattr(model, "current_loads", None)
+    if under_way is None:
+        under_way = loads.current(model.pk) if model.pk else []
+    status = judge(model.enabled, model.min_replicas, instances)
+    return replace(status, activity=_activity(status.condition, instances, under_way))
+
+
+def _activity(condition: Condition, instances: Iterable[Instance], under_way: Iterable[Load]) -> str:
+    holds = {instance.pk: instance.hold for instance in instances}
+    words = [_one_activity(load, holds.get(load.instance_id or 0, "")) for load in under_way]
+    return " · ".join(words) or ("loads when asked" if condition == Condition.IDLE else "")
+
+
+def _one_activity(load: Load, hold: str) -> str:
+    words = loads.in_words(load, hold=hold)
+    return words if load.part == CHAT_ROLE else f"{load.part} {words}"
 
 
 def judge(enabled: bool, min_replicas: int, instances: Iterable[Instance]) -> ModelStatus:

@@ -18,7 +18,6 @@ from unfold.widgets import UnfoldAdminTextareaWidget, UnfoldAdminTextInputWidget
 from models_app import model_preflight, model_rules, model_status, operations, tasks
 from models_app.admin import exit_card
 from models_app.admin.base import Admin, RuleForm, column, confirmed, done, size
-from models_app.admin.memory_check import MemoryCheck
 from models_app.exceptions import AssistantError, PathNotAllowed
 from models_app.model_status import Condition, ModelStatus
 from models_app.models import ModelConfig
@@ -67,7 +66,7 @@ class ModelConfigForm(RuleForm[ModelConfig]):
 
 
 @admin.register(ModelConfig)
-class ModelConfigAdmin(MemoryCheck, Admin[ModelConfig]):
+class ModelConfigAdmin(Admin[ModelConfig]):
     """Saving asks for a reconcile: processes follow within seconds."""
 
     form = ModelConfigForm
@@ -85,7 +84,7 @@ class ModelConfigAdmin(MemoryCheck, Admin[ModelConfig]):
         (
             "Files",
             {
-                "fields": ("chat_model_path", "embedding_model_path", "tts_model_path", "prompt_template", "one_process"),
+                "fields": ("chat_model_path", "embedding_model_path", "tts_model_path", "prompt_template"),
                 "description": "At least one. Files must lie in the folders for model files (ASSISTANT_MODEL_DIRS).",
             },
         ),
@@ -108,10 +107,10 @@ class ModelConfigAdmin(MemoryCheck, Admin[ModelConfig]):
     def condition(self, model: ModelConfig) -> Condition:
         return model_status.status_of(model).condition
 
-    @column("ready")
-    def replicas(self, model: ModelConfig) -> str:
+    @column("ready", header=True)
+    def replicas(self, model: ModelConfig) -> Sequence[str]:
         status = model_status.status_of(model)
-        return f"{status.ready} of {status.desired}"
+        return (f"{status.ready} of {status.desired}", status.activity)
 
     @column("engine", ordering="engine")
     def engine_name(self, model: ModelConfig) -> str:

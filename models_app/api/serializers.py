@@ -13,11 +13,11 @@ from django.db.models import Model
 from drf_spectacular.utils import extend_schema_field
 from rest_framework import serializers
 
-from models_app import diagnosis, keys, model_preflight, model_rules, model_status, nodes, run_log
+from models_app import diagnosis, keys, loads, model_preflight, model_rules, model_status, nodes, run_log
 from models_app.api.errors import by_field
 from models_app.api.fields import IdOrName, ObjectField
 from models_app.contracts import secret_box
-from models_app.models import APIKey, Incident, Instance, ModelAlias, ModelConfig, Node, RemoteServer, UsageEvent
+from models_app.models import APIKey, Incident, Instance, Load, ModelAlias, ModelConfig, Node, RemoteServer, UsageEvent
 from models_app.models.api_key import default_scopes
 
 M = TypeVar("M", bound=Model)
@@ -52,6 +52,7 @@ class ModelSerializer(CheckedSerializer[ModelConfig]):
     state = serializers.SerializerMethodField()
     ready_replicas = serializers.SerializerMethodField()
     reason = serializers.SerializerMethodField()
+    activity = serializers.SerializerMethodField()
 
     class Meta:
         model = ModelConfig
@@ -60,7 +61,9 @@ class ModelSerializer(CheckedSerializer[ModelConfig]):
             "batch_size", "slots", "threads", "gpu_layers", "extra_args", "min_replicas", "max_replicas", "idle_timeout_s",
             "pinned", "priority", "enabled", "port", "one_process",
         ]  # fmt: skip
-        fields: ClassVar = ["id", *settings_fields, "aliases", "state", "ready_replicas", "reason", "created_at", "updated_at"]
+        fields: ClassVar = [
+            "id", *settings_fields, "aliases", "state", "ready_replicas", "reason", "activity", "created_at", "updated_at",
+        ]  # fmt: skip
         read_only_fields: ClassVar = ["created_at", "updated_at"]
 
     def check_row(self, row: ModelConfig, changed: Collection[str]) -> None:
@@ -76,6 +79,10 @@ class ModelSerializer(CheckedSerializer[ModelConfig]):
     def get_reason(self, model: ModelConfig) -> str:
         """Why it is not ready, in one sentence; empty where nothing failed."""
         return model_status.status_of(model).reason
+
+    def get_activity(self, model: ModelConfig) -> str:
+        """“loading 40 %, about 12 s”, “waits for memory: …”, “loads when asked”; empty where there is nothing to tell."""
+        return model_status.status_of(model).activity
 
 
 class ModelAliasSerializer(CheckedSerializer[ModelAlias]):
@@ -123,6 +130,29 @@ class LogSerializer(serializers.Serializer[dict[str, Any]]):
     found = serializers.BooleanField(help_text="Whether this node has a log of that run; it lies on the instance's node.")
     cut = serializers.BooleanField(help_text="Whether there are earlier lines.")
     lines = serializers.ListField(child=serializers.CharField())
+
+
+class JobSerializer(serializers.ModelSerializer[Load]):
+    """One attempt to bring a process of a model up. `progress` is 0 to 1; `eta_s` is null once it ended or nothing is known."""
+
+    node_name = serializers.CharField(source="node.name", read_only=True, default=None)
+    eta_s = serializers.SerializerMethodField()
+    words = serializers.SerializerMethodField()
+
+    class Meta:
+        model = Load
+        fields: ClassVar = [
+            "id", "model", "model_name", "part", "cause", "stage", "progress", "expected_s", "eta_s", "words", "detail", "node",
+            "node_name", "instance", "generation", "created_at", "started_at", "ended_at", "heartbeat_at",
+        ]  # fmt: skip
+        read_only_fields: ClassVar = fields
+
+    def get_eta_s(self, load: Load) -> float | None:
+        return loads.eta_s(load)
+
+    def get_words(self, load: Load) -> str:
+        """How it is doing, or how it ended, in a few words."""
+        return loads.in_words(load)
 
 
 class IncidentSerializer(serializers.ModelSerializer[Incident]):

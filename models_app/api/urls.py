@@ -17,6 +17,7 @@ router.include_format_suffixes = False
 router.register("models", views.ModelViewSet)
 router.register("model-aliases", views.ModelAliasViewSet)
 router.register("instances", views.InstanceViewSet)
+router.register("jobs", views.JobViewSet)
 router.register("incidents", views.IncidentViewSet)
 router.register("nodes", views.NodeViewSet)
 router.register("remote-servers", views.RemoteServerViewSet)

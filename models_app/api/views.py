@@ -15,12 +15,11 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.serializers import BaseSerializer
 
-from models_app import fencing, fit, keys, model_status, nodes, operations, run_log, tasks
+from models_app import fencing, keys, model_status, nodes, operations, run_log, tasks
 from models_app.api import serializers
-from models_app.api.fit import FitAnswer, FitQuery, answer
 from models_app.api.listing import NewestFirst
 from models_app.api.permissions import MayOperate
-from models_app.models import APIKey, Incident, Instance, ModelAlias, ModelConfig, Node, RemoteServer, UsageEvent
+from models_app.models import APIKey, Incident, Instance, Load, ModelAlias, ModelConfig, Node, RemoteServer, UsageEvent
 
 NO_STORE = {"Cache-Control": "no-store"}
 
@@ -71,14 +70,6 @@ class ModelViewSet(ReconcilingMixin, viewsets.ModelViewSet[ModelConfig]):
     def restart(self, request: Request, pk: str) -> Response:
         """Replace every process of the model; a crash loop is forgotten."""
         return self._operate(operations.restart_model)
-
-    @extend_schema(request=FitQuery(partial=True), responses=FitAnswer)
-    @operate()
-    def fit(self, request: Request, pk: str) -> Response:
-        """Say whether the model fits into this node's memory, as saved or with the settings given. Changes nothing."""
-        query = FitQuery(self.get_object(), data=request.data, partial=True, context=self.get_serializer_context())
-        query.is_valid(raise_exception=True)
-        return Response(answer(fit.judge_model(query.changed())))
 
     def _operate(self, operation: Callable[[ModelConfig], Any]) -> Response:
         operation(self.get_object())
@@ -142,6 +133,18 @@ class InstanceViewSet(viewsets.ReadOnlyModelViewSet[Instance]):
         operation(self.get_object())
         tasks.request_reconcile()
         return Response(self.get_serializer(self.get_object()).data, status=status.HTTP_202_ACCEPTED)
+
+
+class JobViewSet(viewsets.ReadOnlyModelViewSet[Load]):
+    """Loads: what is being started, for whom, how far it is; the newest 200 of each model are kept."""
+
+    queryset = Load.objects.select_related("node")
+    serializer_class = serializers.JobSerializer
+    filter_fields: ClassVar = {
+        "stage": "stage", "cause": "cause", "model": "model", "model_name": "model_name", "part": "part", "node": "node",
+        "node_name": "node__name", "instance": "instance", "since": "created_at__gte", "until": "created_at__lt",
+    }  # fmt: skip
+    ordering_fields: ClassVar = ["id", "created_at", "ended_at"]
 
 
 class IncidentViewSet(viewsets.ReadOnlyModelViewSet[Incident]):

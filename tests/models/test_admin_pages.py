@@ -20,12 +20,12 @@ from django.utils import timezone
 from models_app import keys, run_log
 from models_app.admin import overview
 from models_app.admin.base import Admin
-from models_app.models import APIKey, Incident, Instance, ModelAlias, ModelConfig, Node, RemoteServer, UsageEvent
+from models_app.models import APIKey, Incident, Instance, Load, ModelAlias, ModelConfig, Node, RemoteServer, UsageEvent
 
 pytestmark = pytest.mark.django_db
 
 Bound = Callable[[int], AbstractContextManager[None]]
-PAGES = (ModelConfig, ModelAlias, Instance, Incident, Node, RemoteServer, APIKey, UsageEvent, User, Group)
+PAGES = (ModelConfig, ModelAlias, Instance, Incident, Load, Node, RemoteServer, APIKey, UsageEvent, User, Group)
 BY_HAND = (ModelConfig, ModelAlias, RemoteServer, APIKey, User, Group)
 HOSTILE = "<script>alert(1)</script>"
 REMEDY = f"Correct {HOSTILE}."
@@ -59,6 +59,10 @@ def populate(count: int) -> None:
             instance=instance, instance_number=instance.pk, generation=1, model_name=model.name, node_name="here",
             engine="embedded", diagnosis="bad_option", reason=instance.exit_reason, remedy=REMEDY, exit_code=1,
             log=instance.exit_log, count=3,
+        )  # fmt: skip
+        Load.objects.create(
+            model=model, model_name=model.name, node=node, instance=instance, generation=2, cause="demand", expected_s=4.0,
+            detail=f"It needs {HOSTILE}.",
         )  # fmt: skip
         RemoteServer.objects.create(name=f"r{number}", address="https://api.example.org/v1", models={"x": "y"})
         APIKey.objects.create(user=alice, name=f"k{number}", public_id=f"{number:010}", digest=f"{number:064}")
@@ -112,7 +116,7 @@ def test_a_list_of_a_hundred_costs_few_queries(browser: Client, model: Any, djan
 
 def test_the_overview_costs_few_queries_and_puts_failures_first(browser: Client, django_assert_max_num_queries: Bound) -> None:
     populate(30)
-    with django_assert_max_num_queries(15):
+    with django_assert_max_num_queries(16):
         page = browser.get(reverse("admin:index")).content.decode()
     assert page.index("m29#") < page.index("enabled models ready")
     assert "It ended with &lt;script&gt;" in page
@@ -200,7 +204,7 @@ def test_ordinary_users_are_sent_to_the_sign_in_page() -> None:
 
 def test_instances_and_requests_are_not_written_by_hand(browser: Client) -> None:
     populate(1)
-    for model in (Instance, Incident, UsageEvent):
+    for model in (Instance, Incident, Load, UsageEvent):
         pk = model._default_manager.get().pk
         name = f"admin:models_app_{model._meta.model_name}"
         assert browser.get(reverse(f"{name}_add")).status_code == 403

@@ -15,12 +15,11 @@ from models_app.models import APIKey, Instance, ModelAlias, ModelConfig, Node, R
 
 pytestmark = pytest.mark.django_db
 
-LISTS = ("models", "model-aliases", "instances", "incidents", "nodes", "remote-servers", "keys", "users", "requests")
+LISTS = ("models", "model-aliases", "instances", "jobs", "incidents", "nodes", "remote-servers", "keys", "users", "requests")
 ACTIONS = (
     "models/1/start/",
     "models/1/stop/",
     "models/1/restart/",
-    "models/1/fit/",
     "instances/1/restart/",
     "instances/1/stop/",
     "keys/1/revoke/",

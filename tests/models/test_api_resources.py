@@ -312,7 +312,7 @@ def test_users_are_listed_without_their_passwords(api: Api) -> None:
 def test_the_schema_is_valid_and_whole(capsys: pytest.CaptureFixture[str]) -> None:
     call_command("spectacular", "--fail-on-warn", "--validate", "--format", "openapi-json")
     schema = json.loads(capsys.readouterr().out)
-    for resource in ("models", "instances", "incidents", "nodes", "remote-servers", "keys", "users", "requests"):
+    for resource in ("models", "instances", "jobs", "incidents", "nodes", "remote-servers", "keys", "users", "requests"):
         assert f"/api/v1/{resource}/" in schema["paths"]
     assert "post" in schema["paths"]["/api/v1/models/{id}/start/"]
     assert "secret" not in schema["components"]["schemas"]["RemoteServer"]["properties"]

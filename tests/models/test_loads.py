@@ -383,3 +383,16 @@ class TestWords:
     def test_one_without_a_reason_waits_to_be_started(self) -> None:
         assert loads.in_words(Load(stage=Stage.WAITING)) == "waits to be started"
         assert loads.in_words(Load(stage=Stage.READY)) == "ready"
+
+    def test_what_a_held_instance_waits_for_is_named(self) -> None:
+        load = Load(stage=Stage.WAITING, detail="3 GiB are missing.")
+        assert loads.in_words(load, hold="memory") == "waits for memory: 3 GiB are missing."
+        assert loads.in_words(load, hold="node_full") == "waits for room on its node: 3 GiB are missing."
+
+    def test_a_time_is_told_only_where_one_is_known(self) -> None:
+        now = timezone.now()
+        assert loads.eta_s(Load(expected_s=10.0), now) == 10.0
+        assert loads.eta_s(Load(expected_s=10.0, detail="3 GiB are missing."), now) is None
+        assert loads.eta_s(Load(expected_s=10.0, started_at=now - timedelta(seconds=4)), now) == 6.0
+        assert loads.eta_s(Load(expected_s=None, started_at=now), now) is None
+        assert loads.eta_s(Load(expected_s=10.0, started_at=now, ended_at=now), now) is None

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+from datetime import timedelta
+from typing import Any
 
-from models_app.model_status import Condition, judge
-from models_app.models import Instance, State
+import pytest
+from django.utils import timezone
+
+from models_app import loads
+from models_app.model_status import Condition, judge, status_of, with_current_instances
+from models_app.models import Instance, Load, ModelConfig, State
+from tests.models.instances import make_instance, make_model
 
 
 def some(*states: State) -> list[Instance]:
@@ -48,3 +54,39 @@ def test_a_model_that_no_node_takes_says_so() -> None:
     assert "cordoned" in judge(True, 1, []).reason
     assert judge(True, 1, [Instance(state=State.PENDING)]).reason == ""
     assert judge(False, 1, []).reason == ""
+
+
+@pytest.mark.django_db
+class TestActivity:
+    def told(self) -> str:
+        """The same, whether the model came alone or on a page."""
+        [model] = with_current_instances(ModelConfig.objects.all())
+        assert status_of(model) == status_of(ModelConfig.objects.get())
+        return status_of(model).activity
+
+    def test_an_idle_model_loads_when_asked(self) -> None:
+        make_model(min_replicas=0)
+        assert self.told() == "loads when asked"
+
+    @pytest.mark.usefixtures("valkey")
+    def test_a_load_says_how_far_it_is_or_what_it_waits_for(self) -> None:
+        model = make_model(embedding_model_path="embed.gguf")
+        make_instance(State.STARTING, model, generation=1, started_at=timezone.now() - timedelta(seconds=4))
+        make_instance(State.PENDING, model, part="embedding", hold="memory", hold_reason="It needs 8 GiB, 3 GiB are free.")
+        loads.follow({})
+        Load.objects.filter(part="chat").update(expected_s=1.0)
+        told = self.told()
+        assert told == "loading 95 %, longer than usual · embedding waits for memory: It needs 8 GiB, 3 GiB are free."
+
+    def test_one_that_is_served_or_stopped_has_nothing_to_tell(self) -> None:
+        make_instance(State.READY)
+        assert self.told() == ""
+        ModelConfig.objects.update(enabled=False)
+        assert self.told() == ""
+
+    def test_a_page_of_models_costs_two_queries_more(self, django_assert_num_queries: Any) -> None:
+        for number in range(5):
+            make_model(f"m{number}", min_replicas=0)
+        with django_assert_num_queries(3):
+            told = {status_of(model).activity for model in with_current_instances(ModelConfig.objects.all())}
+        assert told == {"loads when asked"}
