@@ -18,6 +18,7 @@ from unfold.widgets import UnfoldAdminTextareaWidget, UnfoldAdminTextInputWidget
 from models_app import model_preflight, model_rules, model_status, operations, tasks
 from models_app.admin import exit_card
 from models_app.admin.base import Admin, RuleForm, column, confirmed, done, size
+from models_app.admin.memory_check import MemoryCheck
 from models_app.exceptions import AssistantError, PathNotAllowed
 from models_app.model_status import Condition, ModelStatus
 from models_app.models import ModelConfig
@@ -66,7 +67,7 @@ class ModelConfigForm(RuleForm[ModelConfig]):
 
 
 @admin.register(ModelConfig)
-class ModelConfigAdmin(Admin[ModelConfig]):
+class ModelConfigAdmin(MemoryCheck, Admin[ModelConfig]):
     """Saving asks for a reconcile: processes follow within seconds."""
 
     form = ModelConfigForm
@@ -84,7 +85,7 @@ class ModelConfigAdmin(Admin[ModelConfig]):
         (
             "Files",
             {
-                "fields": ("chat_model_path", "embedding_model_path", "tts_model_path", "prompt_template"),
+                "fields": ("chat_model_path", "embedding_model_path", "tts_model_path", "prompt_template", "one_process"),
                 "description": "At least one. Files must lie in the folders for model files (ASSISTANT_MODEL_DIRS).",
             },
         ),

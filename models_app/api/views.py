@@ -15,8 +15,9 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.serializers import BaseSerializer
 
-from models_app import fencing, keys, model_status, nodes, operations, run_log, tasks
+from models_app import fencing, fit, keys, model_status, nodes, operations, run_log, tasks
 from models_app.api import serializers
+from models_app.api.fit import FitAnswer, FitQuery, answer
 from models_app.api.listing import NewestFirst
 from models_app.api.permissions import MayOperate
 from models_app.models import APIKey, Incident, Instance, Load, ModelAlias, ModelConfig, Node, RemoteServer, UsageEvent
@@ -70,6 +71,14 @@ class ModelViewSet(ReconcilingMixin, viewsets.ModelViewSet[ModelConfig]):
     def restart(self, request: Request, pk: str) -> Response:
         """Replace every process of the model; a crash loop is forgotten."""
         return self._operate(operations.restart_model)
+
+    @extend_schema(request=FitQuery(partial=True), responses=FitAnswer)
+    @operate()
+    def fit(self, request: Request, pk: str) -> Response:
+        """Say whether the model fits into this node's memory, as saved or with the settings given. Changes nothing."""
+        query = FitQuery(self.get_object(), data=request.data, partial=True, context=self.get_serializer_context())
+        query.is_valid(raise_exception=True)
+        return Response(answer(fit.judge_model(query.changed())))
 
     def _operate(self, operation: Callable[[ModelConfig], Any]) -> Response:
         operation(self.get_object())

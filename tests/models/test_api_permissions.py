@@ -20,6 +20,7 @@ ACTIONS = (
     "models/1/start/",
     "models/1/stop/",
     "models/1/restart/",
+    "models/1/fit/",
     "instances/1/restart/",
     "instances/1/stop/",
     "keys/1/revoke/",
