@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
+import psutil
 from playwright.sync_api import BrowserContext, ConsoleMessage, Locator, Page, Request, Response, WebError, expect
 
 from tests.conftest import ROOT
@@ -27,7 +28,9 @@ ADMIN = "/admin/"
 MODELS = "/admin/models_app/modelconfig/"
 INSTANCES = "/admin/models_app/instance/"
 KEYS = "/admin/models_app/apikey/"
+INCIDENTS = "/admin/models_app/incident/"
 USERS = "/admin/auth/user/"
+SPARE = "spare-model"
 
 
 @dataclass
@@ -82,6 +85,11 @@ def picture(page: Page, name: str) -> None:
     page.screenshot(path=PICTURES / f"{name}.png", animations="disabled")
     if height > window["height"]:
         page.set_viewport_size(window)
+
+
+def engines(platform: Platform) -> list[psutil.Process]:
+    """The engine processes, without their shims."""
+    return [process for process in platform.processes("embedded_server") if "shim" not in " ".join(process.cmdline())]
 
 
 @dataclass

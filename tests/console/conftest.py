@@ -5,14 +5,16 @@ Playwright keeps an event loop running in this thread: the ORM and asyncio tests
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 from playwright.sync_api import Browser, StorageState, expect, sync_playwright
 
-from tests.console.browsing import ARGUMENTS, Person, Watch, sign_in
-from tests.running_platform import Platform
+from tests.console.browsing import ARGUMENTS, SPARE, Person, Watch, engines, sign_in
+from tests.running_platform import Platform, wait_until
 
 
 @pytest.fixture(scope="package")
@@ -50,3 +52,20 @@ def person(browser: Browser, platform: Platform, session: StorageState, watch: W
     watch.over(context)
     yield Person(context.new_page(), platform)
     context.close()
+
+
+@pytest.fixture
+def spare_file(platform: Platform, demo_model: Path) -> Path:
+    """Another model file, whole, where the platform may read it."""
+    return Path(shutil.copy(demo_model, platform.home / "models" / "spare.gguf"))
+
+
+@pytest.fixture
+def spare_model(person: Person, spare_file: Path) -> Iterator[str]:
+    """A model made in the form and READY; deleted afterwards, and its engine gone."""
+    person.add_model(SPARE, str(spare_file))
+    expect(person.page.get_by_text("was added successfully")).to_be_visible()
+    person.wait_for_state(SPARE, "ready")
+    yield SPARE
+    person.delete_model(SPARE)
+    wait_until(lambda: len(engines(person.platform)) == 1, 30, "the engine of the deleted model to be gone")

@@ -2,43 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
-from collections.abc import Iterator
-from pathlib import Path
 
 import psutil
 import pytest
 from playwright.sync_api import Browser, expect
 
-from tests.console.browsing import ADMIN, INSTANCES, MODELS, Person, Watch, picture, sign_in
+from tests.console.browsing import ADMIN, INSTANCES, MODELS, Person, Watch, engines, picture, sign_in
 from tests.running_platform import MODEL, Platform, wait_until
 
 pytestmark = [pytest.mark.browser, pytest.mark.platform, pytest.mark.timeout(180)]
-
-SPARE = "spare-model"
-
-
-@pytest.fixture(scope="module")
-def spare_file(platform: Platform, demo_model: Path) -> Path:
-    """Another model file where the platform may read it."""
-    return Path(shutil.copy(demo_model, platform.home / "models" / "spare.gguf"))
-
-
-@pytest.fixture
-def spare_model(person: Person, spare_file: Path) -> Iterator[str]:
-    """A model made in the form and READY; deleted afterwards, and its engine gone."""
-    person.add_model(SPARE, str(spare_file))
-    expect(person.page.get_by_text("was added successfully")).to_be_visible()
-    person.wait_for_state(SPARE, "ready")
-    yield SPARE
-    person.delete_model(SPARE)
-    wait_until(lambda: len(engines(person.platform)) == 1, 30, "the engine of the deleted model to be gone")
-
-
-def engines(platform: Platform) -> list[psutil.Process]:
-    """The engine processes, without their shims."""
-    return [process for process in platform.processes("embedded_server") if "shim" not in " ".join(process.cmdline())]
 
 
 def test_signing_in_leads_to_the_overview(browser: Browser, platform: Platform, watch: Watch) -> None:
@@ -143,31 +116,3 @@ def test_a_file_that_is_not_there_is_refused_before_anything_is_started(person: 
     expect(person.page.get_by_text("There is no file absent.gguf on this node")).to_be_visible()
     person.open(ADMIN)
     expect(person.page.get_by_role("link", name="absent")).to_have_count(0)
-
-
-@pytest.fixture
-def cut_model(person: Person, spare_file: Path) -> Iterator[str]:
-    """A model whose file ends too early; deleted afterwards."""
-    cut = spare_file.with_name("cut.gguf")
-    cut.write_bytes(spare_file.read_bytes()[:20_000_000])
-    person.add_model("cut", str(cut))
-    expect(person.page.get_by_text("was added successfully")).to_be_visible()
-    yield "cut"
-    person.delete_model("cut")
-    expect(person.row(INSTANCES, "cut#")).to_have_count(0)
-
-
-def test_a_model_that_cannot_be_loaded_says_why(person: Person, cut_model: str) -> None:
-    page = person.page
-    person.open_row(MODELS, cut_model)
-    what_happened = page.get_by_role("link", name="What happened")
-    person.reload_until_seen(what_happened)  # it is tried again between failures
-    what_happened.click()
-    page.wait_for_url(f"**{INSTANCES}**")
-    card = page.get_by_role("region", name="This process failed")
-    person.reload_until_seen(card)
-    expect(card.locator("[data-log]")).to_contain_text("not within the file bounds")
-    picture(page, "instance-failed")
-    person.open(ADMIN)
-    person.reload_until_seen(page.get_by_role("region", name="Needs attention").get_by_role("link", name=f"{cut_model}#"))
-    picture(page, "overview-failed")
