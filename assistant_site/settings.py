@@ -52,8 +52,8 @@ ASSISTANT_ENGINE_TERM_S = 5  # seconds between TERM and KILL
 ASSISTANT_ENGINE_LOG_BYTES = 8 * 1024 * 1024  # of one run of an engine
 ASSISTANT_ENGINE_TRIES = 5  # failures in a row after which an instance is left alone (CRASH_LOOP)
 # Seconds a request may get nowhere before its engine is taken for wedged and replaced.
-ASSISTANT_ENGINE_STILL_S = 120  # while it does not even compute
-ASSISTANT_ENGINE_SILENT_S = 600  # although it computes
+ASSISTANT_ENGINE_STILL_S = env.integer("ASSISTANT_ENGINE_STILL_S", 120, 5, 86_400)  # while it does not even compute
+ASSISTANT_ENGINE_SILENT_S = env.integer("ASSISTANT_ENGINE_SILENT_S", 600, 5, 86_400)  # although it computes
 ASSISTANT_STOPPED_KEPT = 20  # ended instances kept per model, with their logs
 
 SECRET_KEY = env.secret(ASSISTANT_HOME, "secret_key")

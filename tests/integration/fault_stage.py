@@ -42,7 +42,7 @@ class Clients:
     count: int = 4
     max_tokens: int = 20
     ended: Counter[str] = field(default_factory=Counter)
-    oks: list[float] = field(default_factory=list)
+    oks: list[tuple[float, float]] = field(default_factory=list)  # (begun, ended)
     waits: list[float] = field(default_factory=list)
     details: list[str] = field(default_factory=list)
     _stop: threading.Event = field(default_factory=threading.Event)
@@ -63,8 +63,10 @@ class Clients:
 
     def recovered_s(self, since: float) -> float:
         """Seconds from then until the first request that was begun afterwards had been answered whole."""
-        first: float = wait_until(lambda: next((at for at in list(self.oks) if at > since), None), PATIENCE_S, "an answer")
-        return first - since
+        ended: float = wait_until(
+            lambda: next((end for begun, end in list(self.oks) if begun > since), None), PATIENCE_S, "an answer"
+        )
+        return ended - since
 
     @property
     def lost(self) -> int:
@@ -74,12 +76,12 @@ class Clients:
         with httpx.Client(timeout=90) as client:
             while not self._stop.is_set():
                 began = time.monotonic()
-                how, detail = self.stage.ask(client, self.model, self.stream, self.max_tokens)
+                how, detail = self.stage.ask(self.model, self.stream, self.max_tokens, client)
                 with self._lock:
                     self.ended[how] += 1
                     self.waits.append(time.monotonic() - began)
                     if how == "ok":
-                        self.oks.append(began)
+                        self.oks.append((began, time.monotonic()))
                     else:
                         self.details.append(detail)
 
@@ -183,13 +185,17 @@ class Stage:
 
     # Requests
 
-    def ask(self, client: httpx.Client, model: str, stream: bool = True, max_tokens: int = 20, **headers: str) -> tuple[str, str]:
+    def ask(
+        self, model: str, stream: bool = True, max_tokens: int = 20, client: httpx.Client | None = None, **headers: str
+    ) -> tuple[str, str]:
         """One request, read to its end: ("ok" | "cut" | error code, detail)."""
+        if client is None:
+            with httpx.Client(timeout=150) as own:
+                return self.ask(model, stream, max_tokens, own, **headers)
         body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": max_tokens, "stream": stream}
-        own = {"authorization": f"Bearer {self.admin_key}", **headers}
         url = f"{self.platform.base_url}/v1/chat/completions"
         try:
-            answer = client.post(url, json=body, headers=own)
+            answer = client.post(url, json=body, headers={"authorization": f"Bearer {self.admin_key}", **headers})
         except httpx.HTTPError as error:
             return "cut", type(error).__name__
         if answer.status_code != 200:
