@@ -12,8 +12,9 @@ from pytest_django.fixtures import Settings
 
 from models_app import lifecycle
 from models_app.diagnosis import Exit
+from models_app.diagnosis_rules import Code
 from models_app.exceptions import StaleTransition
-from models_app.models import Instance, State
+from models_app.models import DrainReason, Instance, State
 from models_app.process_identity import ProcessIdentity
 from tests.models.instances import make_claim, make_instance, make_model, make_node
 
@@ -24,6 +25,9 @@ TRANSITIONS: dict[str, tuple[Callable[[Instance], None], State, set[State]]] = {
     "starting": (lambda one: lifecycle.starting(one, make_claim()), S.STARTING, {S.PENDING, S.FAILED}),
     "ready": (lifecycle.ready, S.READY, {S.STARTING}),
     "draining": (lifecycle.draining, S.DRAINING, {S.READY}),
+    "undrained": (lifecycle.undrained, S.READY, set()),  # what it takes is tried below
+    "held": (lambda one: lifecycle.held(one, "memory", "It waits.", wanted=False), S.PENDING, {S.PENDING, S.FAILED}),
+    "fenced": (lambda one: lifecycle.fenced(one, "Fenced."), S.STOPPED, set(State) - {S.STOPPED}),
     "stopping": (lifecycle.stopping, S.STOPPING, {S.STARTING, S.READY, S.DRAINING}),
     "stopped": (lifecycle.stopped, S.STOPPED, {S.PENDING, S.FAILED, S.CRASH_LOOP, S.STOPPING}),
     "failed": (lambda one: lifecycle.failed(one, Exit("It died.")), S.FAILED, {S.STARTING, S.READY}),
@@ -91,6 +95,61 @@ def test_recording_a_process_is_refused_once_the_generation_has_passed() -> None
 def test_the_back_off_doubles_up_to_five_minutes_after_an_immediate_first_restart() -> None:
     assert [lifecycle.delay_s(n) for n in range(1, 9)] == [0, 10, 20, 40, 80, 160, 300, 300]
     assert lifecycle.delay_s(10_000) == 300
+
+
+@pytest.mark.parametrize("reason", [DrainReason.EVICT, DrainReason.YIELD])
+def test_a_drain_that_only_makes_room_can_be_called_off_and_the_process_goes_on(reason: DrainReason) -> None:
+    instance = make_instance(S.READY, generation=3, ready_at=timezone.now() - timedelta(minutes=5))
+    ready_at = instance.ready_at
+    lifecycle.draining(instance, reason, "Unloaded to make room for x.")
+    lifecycle.undrained(instance)
+    fresh = Instance.objects.get()
+    assert (fresh.state, fresh.generation, fresh.ready_at, fresh.deadline_at) == (S.READY, 3, ready_at, None)
+    assert (fresh.drain_reason, fresh.drain_detail) == ("", "")
+
+
+def test_a_stop_is_not_called_off() -> None:
+    instance = make_instance(S.READY)
+    lifecycle.draining(instance)
+    with pytest.raises(StaleTransition):
+        lifecycle.undrained(instance)
+
+
+def test_who_stops_an_instance_that_makes_room_stops_it_for_good_whoever_calls_the_drain_off() -> None:
+    instance = make_instance(S.READY)
+    lifecycle.draining(instance, DrainReason.EVICT)
+    others = Instance.objects.get()
+    lifecycle.draining(instance)
+    with pytest.raises(StaleTransition):
+        lifecycle.undrained(others)
+    assert (Instance.objects.get().state, Instance.objects.get().drain_reason) == (S.DRAINING, DrainReason.STOP)
+
+
+def test_what_is_held_back_knows_since_when_it_is_wanted() -> None:
+    instance = make_instance()
+    lifecycle.held(instance, "memory", "In the way: x.", wanted=True)
+    since = instance.wanted_since
+    lifecycle.held(instance, "memory", "In the way: y.", wanted=True)
+    fresh = Instance.objects.get()
+    assert (fresh.hold, fresh.hold_reason, fresh.wanted_since) == ("memory", "In the way: y.", since)
+    lifecycle.held(instance, "memory", "In the way: y.", wanted=False)
+    assert Instance.objects.get().wanted_since is None
+
+
+def test_what_starts_is_held_back_no_more() -> None:
+    instance = make_instance(hold="memory", hold_reason="In the way: x.", wanted_since=timezone.now())
+    lifecycle.starting(instance, make_claim())
+    fresh = Instance.objects.get()
+    assert (fresh.hold, fresh.hold_reason, fresh.wanted_since) == ("", "", None)
+
+
+def test_a_taken_port_is_no_reason_to_wait(settings: Settings) -> None:
+    settings.ASSISTANT_ENGINE_TRIES = 3
+    instance = make_instance(S.STARTING, failures=1)
+    lifecycle.failed(instance, Exit("Its port was taken.", diagnosis=Code.PORT_TAKEN))
+    assert (instance.state, instance.failures) == (S.FAILED, 2)
+    assert instance.next_attempt_at is not None
+    assert instance.next_attempt_at <= timezone.now()
 
 
 def test_a_first_failure_is_tried_again_at_once() -> None:

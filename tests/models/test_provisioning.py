@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from django.db import connection
 from django.utils import timezone
 from pytest_django.fixtures import Settings
 
@@ -142,6 +145,78 @@ def test_an_engine_that_is_not_ready_in_time_is_ended_and_says_what_it_did_last(
     assert not alive(engine)
 
 
+def started_late(behaviour: str, **more: str) -> Instance:
+    """One whose deadline has passed, although it was a generous one."""
+    model = make_model(engine="toy", extra_args={"behaviour": behaviour, **more})
+    instance = make_instance(model=model)
+    assert provisioning.provision(instance)
+    now = timezone.now()
+    Instance.objects.update(started_at=now - timedelta(minutes=5), deadline_at=now)
+    instance.refresh_from_db()
+    return instance
+
+
+def test_a_load_whose_log_still_moves_gets_more_than_its_deadline() -> None:
+    assert settle(started_late("slow", delay_s="1.0")).state == State.READY
+
+
+def test_a_load_that_has_stood_still_for_long_gets_no_more_than_its_deadline() -> None:
+    instance = started_late("silent")
+    until = time.monotonic() + PATIENCE_S
+    while not runtime_folder.last_log_lines(provisioning.folder_of(instance), 1):
+        assert time.monotonic() < until
+    assert provisioning.advance(instance) is not None
+    moved = provisioning.folder_of(instance) / runtime_folder.MOVED
+    kept = json.loads(moved.read_text())
+    moved.write_text(json.dumps([kept[0] - provisioning.MOVING_S, *kept[1:]]))
+    assert settle(instance).diagnosis == "start_timeout"
+
+
+def test_a_load_that_moves_for_ever_is_given_up_after_several_deadlines() -> None:
+    instance = started_late("slow", delay_s="60")
+    Instance.objects.update(started_at=timezone.now() - timedelta(minutes=20), deadline_at=timezone.now() - timedelta(minutes=15))
+    instance.refresh_from_db()
+    assert settle(instance).diagnosis == "start_timeout"
+
+
+def test_a_port_that_was_taken_after_all_is_exchanged_at_once() -> None:
+    instance = settle(started("taken"))
+    first = instance.port
+    assert (instance.state, instance.diagnosis, instance.failures) == (State.FAILED, "port_taken", 1)
+    assert instance.next_attempt_at is not None
+    assert instance.next_attempt_at <= timezone.now()
+    ModelConfig.objects.update(extra_args={"behaviour": "serve"})
+    instance = Instance.objects.select_related("node", "model").get()
+    assert provisioning.provision(instance)
+    assert instance.port != first
+    assert settle(instance).state == State.READY
+
+
+def test_a_process_of_an_earlier_boot_is_buried_and_one_of_this_boot_is_kept() -> None:
+    instance = ready()
+    assert health.watch(instance.node.name) == 0
+    Instance.objects.update(boot_id="00000000-0000-0000-0000-000000000000")
+    assert health.watch(instance.node.name) == 1
+    instance.refresh_from_db()
+    assert (instance.state, instance.diagnosis) == (State.FAILED, "node_restarted")
+    assert instance.next_attempt_at is not None
+    assert instance.next_attempt_at <= timezone.now()
+
+
+@pytest.mark.parametrize("state", [State.STARTING, State.DRAINING, State.STOPPING])
+def test_what_was_under_way_when_the_machine_went_down_comes_to_an_end(state: State) -> None:
+    instance = started()
+    Instance.objects.update(state=state, boot_id="00000000-0000-0000-0000-000000000000", drain_reason="evict")
+    strays = provisioning.marked_processes()  # a restart would have ended them
+    for one in strays:
+        send(one.process, signal.SIGKILL)
+        assert wait_gone(one.process, PATIENCE_S)
+    instance.refresh_from_db()
+    ended = settle(instance)
+    expected = (State.FAILED, "node_restarted") if state == State.STARTING else (State.STOPPED, "stopped")
+    assert (ended.state, ended.diagnosis) == expected
+
+
 def test_another_server_on_the_port_is_never_taken_for_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(provisioning, "QUICK_FOR_S", 0.0)
     instance = settle(started("wrong"))
@@ -199,6 +274,27 @@ def test_only_one_of_two_workers_starts_an_instance() -> None:
     with pytest.raises(StaleTransition):
         provisioning.provision(other_view)
     assert {(one.instance_id, one.generation) for one in provisioning.marked_processes()} == {(instance.pk, 1)}
+
+
+@pytest.mark.django_db(transaction=True)
+def test_workers_that_start_many_at_once_never_share_a_port_or_a_generation() -> None:
+    model = make_model(engine="toy", extra_args={"behaviour": "serve"}, max_replicas=3)
+    instances = [make_instance(model=model) for _ in range(3)] * 2
+
+    def work(instance: Instance) -> bool:
+        try:
+            return provisioning.provision(Instance.objects.select_related("node", "model").get(pk=instance.pk))
+        except StaleTransition:
+            return False
+        finally:
+            connection.close()
+
+    with ThreadPoolExecutor(6) as threads:
+        started_by = list(threads.map(work, instances))
+    assert sum(started_by) == 3
+    rows = Instance.objects.values_list("pk", "generation", "port", "pid")
+    assert {generation for _, generation, _, _ in rows} == {1}
+    assert len({port for _, _, port, _ in rows}) == len({pid for _, _, _, pid in rows}) == 3
 
 
 def test_a_model_disabled_meanwhile_is_not_started() -> None:
