@@ -201,8 +201,8 @@ def _by_signal(number: int, record: ExitRecord, case: Case) -> Diagnosis:
     remedy = _CRASH_REMEDIES[signal.Signals(number)]
     if case.engine == "wasmedge" and number == signal.SIGSEGV:
         remedy = "WasmEdge ends like this when the context does not fit into memory: lower ctx_size or use a smaller model."
-    said = _last_words(record["lines"])
-    return Diagnosis(Code.CRASHED, f"The engine crashed ({name}){_after(said)}", remedy)
+    # Ordinary last lines belong to the work it did well and would only mislead.
+    return Diagnosis(Code.CRASHED, f"The engine crashed ({name}){_after(_complaint(record['lines']))}", remedy)
 
 
 def _by_code(record: ExitRecord) -> Diagnosis:
@@ -229,13 +229,22 @@ def _weighty(lines: Sequence[str]) -> list[str]:
 
 
 _WASMEDGE_STAMP = re.compile(r"^\[[\d :.-]+\] \[error\] ")
-_SAYS_NOTHING = re.compile(r"^(?:note: run with|\s*(?:At AST node|In instruction|When executing|File name|Bytecode offset))")
+_SAYS_NOTHING = re.compile(
+    r"^note: run with|^\s*(?:At AST node|In instruction|When executing|File name|Bytecode offset)|Invalid API Key$"
+)
 
 
 def _last_words(lines: Sequence[str]) -> str:
-    """The loader's own error says why, what stands around it only that it was given up; a panic says it in its next line.
+    """Its complaint, or else the last line that says something; our own test of a wrong key, which it logs, says nothing."""
+    spoken = (_WASMEDGE_STAMP.sub("", line) for line in reversed(lines))
+    told = (line.strip() for line in spoken if line.strip() and not _SAYS_NOTHING.search(line))
+    return _complaint(lines) or next(told, "")
 
-    Without any error, the last line that says something.
+
+def _complaint(lines: Sequence[str]) -> str:
+    """What it called an error, empty where nothing was.
+
+    The loader's own error says why, what stands around it only that it was given up; a panic says it in its next line.
     """
     errors = [found["text"] for line in lines if (found := _LEVELLED.match(line)) and found["level"] == "E"]
     if errors:
@@ -246,5 +255,4 @@ def _last_words(lines: Sequence[str]) -> str:
             return f"{line.strip()} {after.strip()}".strip()
         if "GGML_ASSERT" in line or line.startswith("terminate called"):
             return line.strip()
-    spoken = (_WASMEDGE_STAMP.sub("", line) for line in reversed(lines))
-    return next((line.strip() for line in spoken if line.strip() and not _SAYS_NOTHING.match(line)), "")
+    return ""

@@ -29,7 +29,7 @@ from models_app.engines.base import Launch, ModelSpec
 from models_app.engines.embedded import SPEC
 from models_app.exceptions import PreflightError
 from models_app.shim import ExitRecord
-from tests.conftest import free_port
+from tests.conftest import ROOT, free_port
 
 CASE = Case("embedded", 20_001, "/models/m.gguf")
 PATIENCE_S = 60.0
@@ -174,6 +174,11 @@ def test_every_code_has_a_title_and_every_rule_can_fill_its_sentence() -> None:
         assert names <= given | set(rule.pattern.groupindex), rule
 
 
+def test_every_kind_is_explained_to_operators() -> None:
+    manual = (ROOT / "docs" / "operations.md").read_text()
+    assert [code for code in Code if f"`{code}`" not in manual] == []
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -201,6 +206,7 @@ def test_what_an_engine_survived_is_not_taken_for_the_cause(line: str) -> None:
             "it last said: “execution failed: unreachable, Code: 0x40a”.",
         ),
         (["0.1 E srv init: exiting due to reasons", "0.2 I srv init: bye"], "“exiting due to reasons”"),
+        (["model loaded", "0.02.739.706 W srv    operator(): unauthorized: Invalid API Key"], "it last said: “model loaded”."),
         (["x" * 500], "x" * 299 + "…”"),
     ],
 )
@@ -218,7 +224,7 @@ def test_an_unknown_end_keeps_the_last_words(lines: list[str], said: str) -> Non
     [
         (9, {"oom_kills": 1}, Code.OUT_OF_MEMORY, "by the kernel for want of memory when it used 512 MiB"),
         (9, {}, Code.KILLED, "by somebody outside"),
-        (11, {}, Code.CRASHED, "crashed (SIGSEGV); it last said: “last words”"),
+        (11, {}, Code.CRASHED, "crashed (SIGSEGV). Lower ctx_size"),
         (4, {}, Code.CRASHED, "lacks an instruction"),
         (7, {}, Code.CRASHED, "Check the disk and the model file"),
         (15, {}, Code.KILLED, "ended by SIGTERM"),
