@@ -77,15 +77,18 @@ def follow(targets: Mapping[PartKey, Target], now: datetime | None = None) -> No
     now = now or timezone.now()
     current = Instance.objects.current().select_related("node", "model").defer("exit_log", "engine_secret")
     instances = list(current.order_by("id"))
-    for load in Load.objects.filter(ended_at__isnull=True).select_related("instance__node"):
+    for load in _under_way():
         _move(load, now)
     _open(instances)
-    under_way = list(
-        Load.objects.filter(ended_at__isnull=True).select_related("instance__node", "instance__model").order_by("id")
-    )
+    under_way = _under_way()
     for load in under_way:
         _beat(load, now)
     _publish({**_missing(targets, instances, now), **_retries(instances, now), **_progress(under_way, now)})
+
+
+def _under_way() -> list[Load]:
+    found = Load.objects.filter(ended_at__isnull=True).select_related("instance__node").order_by("id")
+    return list(found.defer("instance__exit_log", "instance__engine_secret"))
 
 
 def _move(load: Load, now: datetime) -> None:
@@ -97,8 +100,8 @@ def _move(load: Load, now: datetime) -> None:
     was_ready = instance.ready_at is not None
     stage = stage_of(load.generation, State(instance.state), instance.generation, was_ready)
     if stage == Stage.WAITING:
-        if load.detail != instance.hold_reason:
-            _write(load, detail=instance.hold_reason)
+        if (load.detail, load.cause) != (instance.hold_reason, instance.cause):
+            _write(load, detail=instance.hold_reason, cause=instance.cause)
     elif stage == Stage.LOADING:
         if load.stage != Stage.LOADING:
             _write(load, stage=stage, detail="", **_started(load, instance))

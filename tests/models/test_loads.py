@@ -137,6 +137,13 @@ class TestRows:
         loads.follow({})
         assert Load.objects.count() == 1
 
+    def test_one_that_is_asked_for_by_hand_meanwhile_says_so(self) -> None:
+        instance = make_instance(S.PENDING, cause=Cause.DEMAND)
+        loads.follow({})
+        change(instance, cause=Cause.MANUAL)
+        loads.follow({})
+        assert Load.objects.get().cause == Cause.MANUAL
+
     def test_a_load_that_is_over_between_two_rounds_is_learned_from_too(self) -> None:
         instance = make_instance(S.PENDING)
         loads.follow({})
