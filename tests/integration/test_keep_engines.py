@@ -12,7 +12,7 @@ import pytest
 
 from tests.running_platform import Platform, wait_until
 
-pytestmark = pytest.mark.platform
+pytestmark = [pytest.mark.platform, pytest.mark.timeout(300)]  # several lives of a platform
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +24,10 @@ def kept(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield running
     finally:
         if running.process is not None and running.process.poll() is None:
-            running.stop()
+            running.stop(60)
         running.options = ()
         running.start()
-        assert running.stop() == 0, running.output[-4000:]
+        assert running.stop(60) == 0, running.output[-4000:]
         assert running.processes() == []
 
 
@@ -48,7 +48,7 @@ def test_the_next_up_serves_with_the_same_process_at_once(kept: Platform) -> Non
     engine = kept.engine()
     assert "Ctrl-C stops everything but the engines." in kept.output
 
-    assert kept.stop() == 0, kept.output[-4000:]
+    assert kept.stop(60) == 0, kept.output[-4000:]
 
     assert "1 engine left running; the next start takes them over" in kept.output
     assert engine.is_running()
@@ -68,21 +68,21 @@ def test_the_next_up_serves_with_the_same_process_at_once(kept: Platform) -> Non
 def test_engines_that_were_starting_or_draining_are_resolved_by_the_next_life(kept: Platform) -> None:
     """Emulates stops at those very moments: the rows are put into the state they would have been left in."""
     engine = kept.engine()
-    assert kept.stop() == 0
+    assert kept.stop(60) == 0
     sql(kept, "UPDATE models_app_instance SET state = 'STARTING', ready_at = NULL, pid = NULL, start_ticks = NULL")
 
     kept.start()
 
-    wait_until(lambda: states(kept) == {engine.pid: "READY"}, 20, "the starting engine to be adopted")
+    wait_until(lambda: states(kept) == {engine.pid: "READY"}, 60, "the starting engine to be adopted")
     assert kept.chat().status_code == 200
     assert kept.engine() == engine
 
-    assert kept.stop() == 0
+    assert kept.stop(60) == 0
     sql(kept, "UPDATE models_app_instance SET state = 'DRAINING', deadline_at = '2020-01-01 00:00:00'")
 
     kept.start()
 
-    wait_until(lambda: not engine.is_running(), 20, "the draining engine to end")
-    wait_until(lambda: list(states(kept).values()) == ["READY"], 30, "another to be ready in its place")
+    wait_until(lambda: not engine.is_running(), 60, "the draining engine to end")
+    wait_until(lambda: list(states(kept).values()) == ["READY"], 60, "another to be ready in its place")
     assert kept.engine() != engine
     assert kept.chat().status_code == 200
