@@ -40,7 +40,7 @@ def sql(platform: Platform, statement: str, *values: Any) -> list[Any]:
 def states(platform: Platform) -> dict[int, str]:
     """Of every instance that has not ended, by pid."""
     rows = sql(platform, "SELECT pid, state FROM models_app_instance WHERE state != 'STOPPED'")
-    return {pid: state for pid, state in rows}
+    return dict(rows)
 
 
 def test_the_next_up_serves_with_the_same_process_at_once(kept: Platform) -> None:
