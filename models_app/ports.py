@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterator
 from typing import Any, Protocol
 
 import psutil
@@ -13,6 +13,7 @@ from models_app.exceptions import PreflightError
 from models_app.process_identity import ProcessIdentity, alive
 
 HOST = "127.0.0.1"
+LUCKY_TRIES = 20
 
 
 class Connection(Protocol):
@@ -45,12 +46,17 @@ def choose(wanted: int | None, taken: Collection[int], span: tuple[int, int]) ->
             raise PreflightError(f"Port {wanted} is in use by {holder(wanted)}; choose another port or leave it empty.")
         return wanted
     low, high = span
-    # Not in order: a port just freed may still be in somebody's connection pool.
-    candidates: Iterable[int] = random.sample(range(low, high + 1), high + 1 - low)
-    for port in candidates:
+    for port in _candidates(low, high):
         if port not in taken and bindable(port):
             return port
     raise PreflightError(f"No port from {low} to {high} is free; stop something or widen ASSISTANT_ENGINE_PORTS.")
+
+
+def _candidates(low: int, high: int) -> Iterator[int]:
+    """Every port of the span. Not in order: a port just freed may still be in somebody's connection pool."""
+    for _ in range(LUCKY_TRIES):  # shuffling thousands takes longer than everything else in a start
+        yield random.randint(low, high)  # noqa: S311  # nobody need be surprised by it
+    yield from random.sample(range(low, high + 1), high + 1 - low)
 
 
 def holder(port: int) -> str:

@@ -13,10 +13,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 from django.conf import settings
 from django.db.models import DateTimeField, DurationField, ExpressionWrapper, F, Value
 
-from models_app import coordination, fit, loads, provisioning, reconcile
+from models_app import coordination, fit, health, loads, provisioning, reconcile
 from models_app.exceptions import StaleTransition
 from models_app.models import Instance, ModelConfig, Node, State
 from models_app.planning import Order
@@ -37,6 +38,8 @@ class World:
         self.node: Node = make_node()
         self.gateway = SpokenGateway("gateway-1")
         self.orders: list[Order] = []
+        self._foreign = frozenset(psutil.pids())  # there before any engine of this world
+        self.hurt: set[int] = set()  # instances on which a test laid hands
         coordination.node_beat(self.node.name, 3_600_000)
 
     def model(self, name: str, behaviour: str = "serve", **fields: Any) -> ModelConfig:
@@ -57,7 +60,8 @@ class World:
         self.gateway.pass_time(seconds)
 
     def reconcile(self) -> None:
-        """One round; what processes need is added to the orders."""
+        """One round; what processes need is added to the orders. Dead processes are looked for first, as the task does."""
+        health.watch(self.node.name)
         self.gateway.look()
         found = reconcile.run_round()
         loads.follow(found.targets)
@@ -119,7 +123,8 @@ class World:
 
     def engines(self) -> list[tuple[int, int]]:
         """(instance, generation) of every engine process that lives now."""
-        return [(one.instance_id, one.generation) for one in provisioning.marked_processes() if _is_engine(one.process.pid)]
+        runs = (_run_of(pid) for pid in psutil.pids() if pid not in self._foreign)
+        return [run for run in runs if run is not None]
 
     def close(self) -> None:
         """End whatever is left, and with it what Valkey knows of it."""
@@ -132,12 +137,16 @@ class World:
             client.delete(key)
 
 
-def _is_engine(pid: int) -> bool:
+def _run_of(pid: int) -> tuple[int, int] | None:
+    """The run this process is the engine of, by the runtime folder in its arguments; None where it is none, or a zombie."""
     try:
-        arguments = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        arguments = Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0").split("\0")
     except OSError:
-        return False
-    return TOY in arguments and not any(part.endswith(("shim.py", "shim_exec.py")) for part in arguments)
+        return None
+    if TOY not in arguments or any(part.endswith(("shim.py", "shim_exec.py")) for part in arguments):
+        return None
+    folder = Path(arguments[-1])
+    return int(folder.parent.name), int(folder.name)
 
 
 def settings_for(folder: Path, chosen: Any = settings) -> None:
