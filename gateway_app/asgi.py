@@ -12,7 +12,7 @@ from gateway_app.endpoints.inference import Inference, Parts
 from gateway_app.endpoints.models import Models
 from gateway_app.endpoints.readiness import Liveness, Readiness
 from gateway_app.endpoints.relay import StreamAborted
-from models_app.contracts.traits import CHAT, COMPLETIONS
+from models_app.contracts.traits import CHAT, COMPLETIONS, EMBEDDINGS
 
 ASGIApplication = Callable[[Scope, Receive, Send], Awaitable[None]]
 Handler = Callable[[Request], Awaitable[None]]
@@ -28,6 +28,7 @@ class Entry:
         self._routes: Mapping[str, tuple[str, Handler]] = {
             CHAT: ("POST", Inference(parts, CHAT).handle),
             COMPLETIONS: ("POST", Inference(parts, COMPLETIONS).handle),
+            EMBEDDINGS: ("POST", Inference(parts, EMBEDDINGS).handle),
             _MODELS: ("GET", self._models.list),
             "/healthz": ("GET", Liveness().healthz),
             "/readyz": ("GET", readiness.readyz),

@@ -8,6 +8,7 @@ own error event (the caller answers with ours instead) and everything after it.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,6 +19,8 @@ from gateway_app.json_spans import document
 _CONTENT_NAMES: Final = ("content", "reasoning_content", "tool_calls", "reasoning", "refusal", "function_call")
 _DONE: Final = b"data: [DONE]"
 _LAST: Final = _DONE + b"\r\n\r\n"
+_EMBEDDING_USAGE: Final = re.compile(rb'"usage"\s*:\s*(\{[^{}]*\})')
+_NEAR_AN_END: Final = 4096  # bytes at either end of an answer where its usage stands
 _LESSONS: Final = 4  # events whose shape is learnt before a learnt shape has proved useful
 
 
@@ -57,6 +60,15 @@ def read_usage(body: bytes) -> tuple[Usage | None, str | None]:
         raise ValueError("not an object with choices")  # noqa: TRY004  # one error for whatever is no answer
     reasons = [_finish_reason(choice) for choice in choices]
     return _usage(top.get("usage")), next((reason for reason in reasons if reason), None)
+
+
+def read_embedding_usage(body: bytes) -> tuple[Usage | None, str | None]:
+    """As read_usage, of an answer with embeddings: its thousands of numbers are not read. Raises ValueError if it is none."""
+    if b'"data"' not in body or b'"embedding"' not in body:
+        raise ValueError("not an answer with embeddings")
+    found = _EMBEDDING_USAGE.search(body[:_NEAR_AN_END]) or _EMBEDDING_USAGE.search(body[-_NEAR_AN_END:])
+    usage = _usage({"completion_tokens": 0, **json.loads(found[1])}) if found else None
+    return usage, None
 
 
 # --- streams -----------------------------------------------------------------------------------------------------------

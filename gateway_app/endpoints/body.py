@@ -1,4 +1,6 @@
-"""Request bodies of chat completions and completions: checked once, changed as little as possible. Pure: no Django, no I/O.
+"""Request bodies of chat completions, completions and embeddings: checked once, changed as little as possible.
+
+Pure: no Django, no I/O.
 
 The engine gets the client's own bytes. Only the model's name, and the wish for usage at the end of a stream, are spliced in;
 where that is not plainly safe (a key twice or written with escapes, options that must be merged) the body is written anew
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from gateway_app import errors
-from models_app.contracts.traits import CHAT, COMPLETIONS
+from models_app.contracts.traits import CHAT, COMPLETIONS, EMBEDDINGS
 
 _MODEL = re.compile(rb'"model"\s*:\s*("[^"\\]*")')
 _OPENING = re.compile(rb"\s*\{")
@@ -126,7 +128,25 @@ def _check_prompt(fields: dict[str, Any]) -> None:
         raise _wrong("prompt", "a string, an array of strings, or arrays of token numbers")
 
 
-_CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {CHAT: _check_messages, COMPLETIONS: _check_prompt}
+def _check_input(fields: dict[str, Any]) -> None:
+    texts = fields.get("input")
+    if texts is None:
+        raise _missing("input")
+    if not isinstance(texts, str | list) or not texts:
+        raise _wrong("input", "a non-empty string or array")
+    if isinstance(texts, list) and not all(isinstance(part, str | list | int) and part != "" for part in texts):
+        raise _wrong("input", "a string, an array of non-empty strings, or arrays of token numbers")
+    if fields.get("encoding_format") not in (None, "float", "base64"):
+        raise _wrong("encoding_format", "'float' or 'base64'")
+    if fields.get("stream"):
+        raise errors.invalid_request("Embeddings are not streamed.", "stream")
+
+
+_CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
+    CHAT: _check_messages,
+    COMPLETIONS: _check_prompt,
+    EMBEDDINGS: _check_input,
+}
 
 
 def _missing(field: str) -> errors.ApiError:

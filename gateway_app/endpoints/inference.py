@@ -27,8 +27,9 @@ from gateway_app.limits import Limits
 from gateway_app.metering import Meter
 from gateway_app.routing.backends import Backend, Model
 from gateway_app.routing.slots import Slots
-from gateway_app.sse import StreamScanner, read_usage, splice_model
+from gateway_app.sse import StreamScanner, read_embedding_usage, read_usage, splice_model
 from gateway_app.upstream.http import BodyTooLarge, ConnectFailed, UpstreamBroken, UpstreamFailure, UpstreamPool, UpstreamResponse
+from models_app.contracts.traits import EMBEDDINGS
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ class Inference:
     def __init__(self, parts: Parts, endpoint: str) -> None:
         self._parts = parts
         self._endpoint = endpoint
+        self._read_usage = read_embedding_usage if endpoint == EMBEDDINGS else read_usage
 
     async def handle(self, request: Request) -> None:
         """Answer. Raises ApiError where nothing was sent yet, ClientGone, and StreamAborted where something was."""
@@ -188,7 +190,7 @@ class Inference:
             raise errors.upstream_error() from None
         exchange.saw_bytes(time.monotonic())
         try:
-            exchange.outcome.usage, finish_reason = read_usage(body)
+            exchange.outcome.usage, finish_reason = self._read_usage(body)
         except ValueError:  # an error, a page, a stream, half an answer
             raise errors.from_engine(200, _error_member(body)) from None
         exchange.begun = True
