@@ -170,14 +170,17 @@ def _starved(instance: Instance) -> bool:
 
 
 def _with_yield(instance: Instance, config: ModelConfig, found: Answer) -> Answer:
-    """Nobody is idle for long enough to be unloaded: whoever was loaded least recently ends its requests and goes."""
+    """Nobody is idle, so whoever was loaded least recently ends its requests and goes.
+
+    One that could not in its time serves on, and is asked again after all others.
+    """
     others = _others(instance)
     if any(one.state in (State.DRAINING, State.STOPPING) for one in others):
         return found
     yielding = [one for one in others if one.state == State.READY and _may_yield(one, config, instance.part)]
     if not yielding:
         return found
-    chosen = min(yielding, key=lambda one: (one.ready_at or one.created_at, one.pk))
+    chosen = min(yielding, key=lambda one: (one.state_changed_at, one.pk))
     try:
         lifecycle.draining(chosen, DrainReason.YIELD, f"Made room for {config.name}, for which requests had waited long.")
     except StaleTransition as error:

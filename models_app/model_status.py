@@ -61,7 +61,7 @@ def status_of(model: ModelConfig) -> ModelStatus:
     under_way: Sequence[Load] | None = getattr(model, "current_loads", None)
     if under_way is None:
         under_way = loads.current(model.pk) if model.pk else []
-    status = judge(model.enabled, model.min_replicas, instances)
+    status = judge(model.enabled, model.min_replicas * len(model.parts), instances)
     return replace(status, activity=_activity(status.condition, instances, under_way))
 
 
@@ -76,10 +76,10 @@ def _one_activity(load: Load, hold: str) -> str:
     return words if load.part == CHAT_ROLE else f"{load.part} {words}"
 
 
-def judge(enabled: bool, min_replicas: int, instances: Iterable[Instance]) -> ModelStatus:
-    """The verdict, from what is wanted and what is there."""
+def judge(enabled: bool, kept: int, instances: Iterable[Instance]) -> ModelStatus:
+    """The verdict, from what is wanted and what is there; kept: processes to be kept running, over all parts."""
     instances = list(instances)
-    desired = min_replicas if enabled else 0
+    desired = kept if enabled else 0
     ready = sum(instance.state == State.READY for instance in instances)
     failed = next((one for one in instances if one.state in (State.FAILED, State.CRASH_LOOP)), None)
     loading = any(instance.state in (State.PENDING, State.STARTING) for instance in instances)

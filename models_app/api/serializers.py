@@ -109,8 +109,9 @@ class InstanceSerializer(serializers.ModelSerializer[Instance]):
         fields: ClassVar = [
             "id", "model", "model_name", "part", "node", "node_name", "engine", "state", "generation", "slots", "ctx_size",
             "port", "pid", "shim_pid", "created_at", "state_changed_at", "started_at", "ready_at", "deadline_at", "last_used_at",
-            "memory_bytes", "hold", "hold_reason", "failures", "next_attempt_at", "diagnosis", "exit_code", "exit_signal",
-            "exit_reason", "exit_log", "exited_at", "peak_memory_bytes",
+            "memory_bytes", "cause", "replaces", "hold", "hold_reason", "drain_reason", "drain_detail", "failures",
+            "next_attempt_at", "diagnosis", "exit_code", "exit_signal", "exit_reason", "exit_log", "exited_at",
+            "peak_memory_bytes",
         ]  # fmt: skip
         read_only_fields: ClassVar = fields
 

@@ -11,7 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 from pytest_django.fixtures import Settings
@@ -274,7 +274,7 @@ def world(monkeypatch: pytest.MonkeyPatch, settings: Settings, tmp_path: Path) -
     settings.ASSISTANT_ENGINE_TRIES = 3
     settings.ASSISTANT_STOPPED_KEPT = 5
     world = World()
-    kinds: dict[str, dict[str, int | bool]] = {
+    kinds: dict[str, dict[str, Any]] = {
         "kept": {},
         "pair": {"min_replicas": 1, "max_replicas": 2, "priority": 1},
         "asked": {"min_replicas": 0, "idle_timeout_s": 30},

@@ -11,8 +11,8 @@ from django.utils import timezone
 from pytest_django.fixtures import Settings
 
 from models_app import lifecycle
+from models_app.contracts.diagnoses import Code
 from models_app.diagnosis import Exit
-from models_app.diagnosis_rules import Code
 from models_app.exceptions import StaleTransition
 from models_app.models import DrainReason, Instance, State
 from models_app.process_identity import ProcessIdentity

@@ -57,6 +57,14 @@ def test_a_model_that_no_node_takes_says_so() -> None:
 
 
 @pytest.mark.django_db
+def test_every_part_counts() -> None:
+    model = make_model(embedding_model_path="embed.gguf", min_replicas=1)
+    make_instance(State.READY, model)
+    status = status_of(model)
+    assert (status.condition, status.ready, status.desired) == (Condition.DEGRADED, 1, 2)
+
+
+@pytest.mark.django_db
 class TestActivity:
     def told(self) -> str:
         """The same, whether the model came alone or on a page."""

@@ -10,7 +10,7 @@ from hypothesis import given, strategies
 from hypothesis import settings as hypothesis_settings
 from pytest_django.fixtures import Settings
 
-from models_app import launch_spec, operations, reconcile, runtime_folder
+from models_app import launch_spec, lifecycle, operations, reconcile, runtime_folder
 from models_app.exceptions import NoNode, StaleTransition
 from models_app.models import Cause, DrainReason, Instance, ModelConfig, State
 from models_app.models.instance import LIVE, WITH_PROCESS
@@ -346,6 +346,29 @@ class TestEffects:
         assert reconcile.reconcile() == []
         assert Instance.objects.get().state == S.READY
 
+    def test_a_silent_node_s_instances_stay_until_it_is_fenced_and_are_started_elsewhere_then(self) -> None:
+        model = make_model()
+        away = make_node("away")
+        lost = make_instance(S.READY, model, node=away, launch_digest=launch_spec.digest(model, "chat"))
+        for _ in range(3):
+            assert reconcile.reconcile() == []
+        assert Instance.objects.get().state == S.READY
+        lifecycle.fenced(lost, "Node away was fenced by somebody.")
+        orders = reconcile.reconcile()
+        new = Instance.objects.exclude(pk=lost.pk).get()
+        assert (new.state, new.node.name) == (S.PENDING, make_node().name)
+        assert orders == [Order("start", new.pk, 0, new.node.name)]
+
+    def test_a_replaced_process_says_what_has_changed(self) -> None:
+        model = make_model(ctx_size=8192)
+        launched = {**launch_spec.launch_values(model, "chat"), "ctx_size": 4096}
+        digest = launch_spec.digest_of(launched)
+        old = make_instance(S.READY, model, launch=launched, launch_digest=digest)
+        make_instance(S.READY, model, launch_digest=launch_spec.digest(model, "chat"), replaces=old)
+        reconcile.reconcile()
+        old.refresh_from_db()
+        assert (old.state, old.drain_detail) == (S.DRAINING, "Replaced because ctx_size 4096 → 8192.")
+
     def test_old_ended_instances_go_with_their_folders(self, settings: Settings) -> None:
         settings.ASSISTANT_STOPPED_KEPT = 2
         model = make_model()
@@ -368,7 +391,19 @@ class TestEffects:
         model = make_model(min_replicas=0)
         operations.start_model(model)
         operations.start_model(model)
-        assert Instance.objects.get().state == S.PENDING
+        assert (Instance.objects.get().state, Instance.objects.get().cause) == (S.PENDING, Cause.MANUAL)
+
+    def test_starting_a_model_that_waits_for_room_lets_others_be_unloaded_for_it(self) -> None:
+        model = make_model()
+        make_instance(model=model, hold="memory")
+        operations.start_model(model)
+        assert Instance.objects.get().cause == Cause.MANUAL
+
+    def test_stopping_an_instance_that_only_makes_room_stops_it_for_good(self) -> None:
+        instance = make_instance(S.READY)
+        lifecycle.draining(instance, DrainReason.EVICT)
+        operations.stop_instance(instance)
+        assert Instance.objects.get().drain_reason == DrainReason.STOP
 
     def test_stopping_a_model_disables_it(self) -> None:
         model = make_model()
