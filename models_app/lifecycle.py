@@ -20,15 +20,14 @@ from django.db import transaction
 from django.utils import timezone
 
 from models_app import coordination, incidents
-from models_app.diagnosis import Exit
+from models_app.backoff import FIRST_DELAY_S, delay_s
 from models_app.contracts.diagnoses import Code
+from models_app.diagnosis import Exit
 from models_app.exceptions import StaleTransition
 from models_app.models import Cause, DrainReason, Instance, ModelConfig, Node, State
 from models_app.process_identity import ProcessIdentity
 
 STABLE_S = 60.0  # ready for so long and a failure is a first one again
-FIRST_DELAY_S = 10.0
-LONGEST_DELAY_S = 300.0
 EVICT_GRACE_S = 10.0  # an idle process has nothing to end; where it is still held after so long somebody came back to it
 YIELD_GRACE_S = 600.0  # a busy one that makes room ends its requests meanwhile, or goes on
 # Nothing that has ended or was refused waits for room.
@@ -49,11 +48,6 @@ class Claim:
     ctx_size: int
     deadline_at: datetime
     memory_bytes: int | None = None  # what it is expected to need
-
-
-def delay_s(failures: int) -> float:
-    """Seconds before the next try after so many failures in a row: none, 10, 20, 40 … 300."""
-    return 0.0 if failures <= 1 else min(LONGEST_DELAY_S, FIRST_DELAY_S * 2.0 ** min(failures - 2, 10))
 
 
 def failures_after(instance: Instance, now: datetime) -> int:

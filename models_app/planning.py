@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
 
+from models_app import backoff
 from models_app.models import Cause, DrainReason, State
 from models_app.models.instance import LIVE, WITH_PROCESS
 
@@ -273,6 +274,4 @@ def _start(model: Desired, own: Sequence[Observed], staying: Sequence[Observed],
 
 
 def _retry_due(model: Desired, one: Observed, now: datetime) -> bool:
-    if one.state != State.FAILED or _outdated(model, one) or one.next_attempt_at is None:
-        return False
-    return one.next_attempt_at <= now
+    return one.state == State.FAILED and not _outdated(model, one) and backoff.due(one.next_attempt_at, now)

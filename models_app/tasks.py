@@ -17,7 +17,7 @@ from django.db import transaction
 from django.utils import timezone
 from kombu.exceptions import OperationalError
 
-from models_app import coordination, health, loads, nodes, provisioning, usage_ingest
+from models_app import backoff, coordination, health, loads, nodes, provisioning, usage_ingest
 from models_app import reconcile as reconciling
 from models_app.coordination import Lease
 from models_app.exceptions import CoordinationUnavailable, StaleTransition
@@ -125,7 +125,7 @@ def _fetch(instance_id: int, generation: int, *states: State) -> Instance | None
 def provision(instance_id: int, generation: int) -> None:
     """Start a PENDING instance, or a FAILED one whose time has come."""
     instance = _fetch(instance_id, generation, State.PENDING, State.FAILED)
-    if instance is None or (instance.next_attempt_at is not None and instance.next_attempt_at > timezone.now()):
+    if instance is None or not (instance.next_attempt_at is None or backoff.due(instance.next_attempt_at, timezone.now())):
         return
     try:
         started = provisioning.provision(instance)

@@ -10,7 +10,7 @@ from django.db import IntegrityError
 from django.utils import timezone
 from pytest_django.fixtures import Settings
 
-from models_app import lifecycle
+from models_app import backoff, lifecycle
 from models_app.contracts.diagnoses import Code
 from models_app.diagnosis import Exit
 from models_app.exceptions import StaleTransition
@@ -93,8 +93,15 @@ def test_recording_a_process_is_refused_once_the_generation_has_passed() -> None
 
 
 def test_the_back_off_doubles_up_to_five_minutes_after_an_immediate_first_restart() -> None:
-    assert [lifecycle.delay_s(n) for n in range(1, 9)] == [0, 10, 20, 40, 80, 160, 300, 300]
-    assert lifecycle.delay_s(10_000) == 300
+    assert [backoff.delay_s(n) for n in range(1, 9)] == [0, 10, 20, 40, 80, 160, 300, 300]
+    assert backoff.delay_s(10_000) == 300
+
+
+def test_a_try_is_due_at_its_time_and_where_the_clock_was_set_back_behind_it() -> None:
+    now = timezone.now()
+    ages = {-1: True, 0: True, 1: False, 299: False, 300: False, 301: True, 4 * 3600: True}
+    assert {age: backoff.due(now + timedelta(seconds=age), now) for age in ages} == ages
+    assert not backoff.due(None, now)
 
 
 @pytest.mark.parametrize("reason", [DrainReason.EVICT, DrainReason.YIELD])

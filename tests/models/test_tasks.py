@@ -322,3 +322,21 @@ def test_an_instance_as_wanted_causes_no_order() -> None:
     make_instance(State.FAILED, model, launch_digest=launch_spec.digest(model, "chat"))
     tasks.reconcile()
     assert sent(OWN) == []
+
+
+def test_beat_counts_its_periods_by_the_monotonic_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing it looks at is the wall clock, so nothing can be set back."""
+    beat = LeasedScheduler(app)
+    try:
+        beat.populate_heap()
+        entry = beat.data["reconcile"]
+        now = time.monotonic()
+        assert beat.is_due(entry) == (True, 2.0)
+        due, wait_s = beat.is_due(entry)
+        assert (due, 1.0 < wait_s <= 2.0) == (False, True)
+        monkeypatch.setattr(time, "monotonic", lambda: now + 2.5)
+        assert beat.is_due(entry) == (True, 2.0)
+        assert beat._when(entry, 1.5) == now + 4.0
+    finally:
+        monkeypatch.undo()
+        beat.close()
