@@ -153,7 +153,7 @@ class Interleaving:
 
     def lose_the_worker(self) -> None:
         """kill -9 of a worker between its claim and the spawn."""
-        if instance := self._instance(State.PENDING):
+        if instance := self._about_to_start():
             self.world.hurt.add(instance.pk)
             FragileEngine.lethal = True
             try:
@@ -163,15 +163,26 @@ class Interleaving:
             finally:
                 FragileEngine.lethal = False
 
+    def _about_to_start(self) -> Instance | None:
+        """An instance that a worker has just been told to start; a model is started by hand where there is none."""
+        for attempt in range(2):
+            self.reconcile()
+            for order in self.world.orders:
+                if order.do == "start" and (found := self.world.fetch(order)) is not None and not found.hold:
+                    return found
+            if attempt == 0:
+                self.start()
+        return None
+
     def lose_the_record(self) -> None:
         """kill -9 of a worker between the spawn and the note of who was spawned."""
-        if instance := self._instance(State.STARTING):
+        if instance := self._instance(State.STARTING, State.STOPPING):
             nobody = {"pid": None, "start_ticks": None, "boot_id": "", "shim_pid": None, "shim_start_ticks": None}
             Instance.objects.filter(pk=instance.pk).update(**nobody)
 
     def race(self) -> None:
         """Two workers with the same view of an instance."""
-        if instance := self._instance(State.PENDING):
+        if instance := self._about_to_start():
             other = Instance.objects.select_related("node", "model").get(pk=instance.pk)
             if provisioning.provision(instance):
                 with pytest.raises(StaleTransition):

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from pytest_django.fixtures import Settings
 
-from models_app import admitting, lifecycle, operations, provisioning
+from models_app import admitting, coordination, lifecycle, operations, provisioning
+from models_app.contracts.coordination import use_key
 from models_app.engines.registry import ENGINES
 from models_app.models import DrainReason, Incident, Instance, ModelConfig, Node, State
 from tests.fakes import gguf_files
@@ -194,6 +195,17 @@ def test_an_unload_is_called_off_where_a_gateway_still_uses_the_process_at_its_e
     world.pass_time(lifecycle.EVICT_GRACE_S)
     assert provisioning.advance(world.one("a")) is None
     assert world.states("a") == [READY]
+
+
+def test_a_process_with_requests_is_not_ended_although_its_gateway_has_lost_its_use_key(world: World) -> None:
+    on_demand(world, "a")
+    instance = loaded(world, "a")
+    world.gateway.begin("a")
+    lifecycle.draining(instance, DrainReason.YIELD)
+    coordination.client().delete(use_key(instance.pk, 1, world.gateway.name))
+    world.pass_time(5)
+    assert provisioning.advance(world.one("a")) is not None
+    assert world.states("a") == [DRAINING]
 
 
 def test_nothing_is_unloaded_while_no_gateway_is_heard(world: World) -> None:

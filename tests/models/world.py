@@ -67,11 +67,15 @@ class World:
         loads.follow(found.targets)
         self.orders += [order for order in found.orders if order not in self.orders]
 
-    def carry_out(self, order: Order) -> None:
-        """As the worker's tasks do: fetch, call the service, put up with having been overtaken."""
+    def fetch(self, order: Order) -> Instance | None:
+        """The instance this order is for, where it still is for it."""
         states = {"start": (State.PENDING, State.FAILED), "stop": tuple(State), "advance": MOVING}[order.do]
         rows = Instance.objects.filter(pk=order.instance_id, generation=order.generation, state__in=states)
-        instance = rows.select_related("node", "model").first()
+        return rows.select_related("node", "model").first()
+
+    def carry_out(self, order: Order) -> None:
+        """As the worker's tasks do: fetch, call the service, put up with having been overtaken."""
+        instance = self.fetch(order)
         if instance is None:
             return
         acts: dict[str, Callable[[Instance], object]] = {
