@@ -9,8 +9,8 @@ from django.utils import timezone
 
 from models_app import coordination, diagnosis, launch_spec, lifecycle, ports, runtime_folder, strays
 from models_app.contracts.coordination import GatewayTelemetry
-from models_app.diagnosis import Case, Exit
 from models_app.contracts.diagnoses import Code
+from models_app.diagnosis import Case, Exit
 from models_app.engine_process import LOG_LINES, adopt, ask_to_end, engine_of, folder_of, kill, living
 from models_app.exceptions import CoordinationUnavailable, StaleTransition
 from models_app.models import DrainReason, Instance, State
