@@ -81,8 +81,8 @@ class Gateway:
         self.readers = SlowReaders(config.patience)
         self.console = console
         parts = Parts(
-            directory=lambda: self.directory, keys=self.keys, limits=self.limits, meter=self.meter, slots=self.slots,
-            waiting_room=WaitingRoom(self.slots, self.demand, loads), pool=self.pool, readers=self.readers,
+            directory=lambda: self.directory, recheck=self.feed.recheck, keys=self.keys, limits=self.limits, meter=self.meter,
+            slots=self.slots, waiting_room=WaitingRoom(self.slots, self.demand, loads), pool=self.pool, readers=self.readers,
             patience=config.patience, unreachable=self._unreachable, max_body=config.max_body, max_wait_s=config.max_wait_s,
         )  # fmt: skip
         checks = {

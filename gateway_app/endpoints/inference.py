@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -45,9 +45,12 @@ _ACCEPT_STREAM = (b"accept", b"text/event-stream")
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What the endpoints work with. directory: the one in use now. unreachable: told of a backend that nothing listens at."""
+    """What the endpoints work with. directory: the one in use now. recheck: bring it up to date first (Feed.recheck).
+    unreachable: told of a backend that nothing listens at.
+    """
 
     directory: Callable[[], Directory]
+    recheck: Callable[[], Awaitable[bool]]
     keys: Keys
     limits: Limits
     meter: Meter
@@ -103,17 +106,26 @@ class Inference:
         parts = self._parts
         key = await parts.keys.authenticate(request.headers)
         call = parse(await request.body(parts.max_body), self._endpoint)
-        model = self._model(call, key)
+        model = self._model(call, key) or await self._model_made_just_now(call, key)
         return Exchange(
             request, key, call, model, self._endpoint,
             limits=parts.limits, meter=parts.meter, slots=parts.slots, readers=parts.readers, patience=parts.patience,
         )  # fmt: skip
 
-    def _model(self, call: Call, key: KeyRecord) -> Model:
+    async def _model_made_just_now(self, call: Call, key: KeyRecord) -> Model:
+        """One that was made a moment ago is not unknown. Asked for the forbidden ones too, so that they take as long."""
+        await self._parts.recheck()
+        model = self._model(call, key)
+        if model is None:
+            raise errors.model_not_found(call.model)
+        return model
+
+    def _model(self, call: Call, key: KeyRecord) -> Model | None:
+        """None where there is none that this key may use."""
         directory = self._parts.directory()
         model = directory.names.get(call.model)
         if model is None or not key.allows(call.model, model.name):
-            raise errors.model_not_found(call.model)
+            return None
         if self._endpoint not in model.endpoints:
             able = [name for name, other in directory.models.items() if self._endpoint in other.endpoints and key.allows(name)]
             raise errors.unsupported_endpoint(self._endpoint, call.model, sorted(able)[:20])

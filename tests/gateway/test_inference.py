@@ -427,3 +427,12 @@ def assert_nothing_is_held(gateway: Served) -> None:
     assert records is not None
     assert gateway.gateway.limits.running(records) == 0
     assert gateway.gateway.slots.waiting == 0
+
+
+async def test_a_model_made_a_moment_ago_is_served_at_once(cast: Cast, serve: Serve, engine: Engine) -> None:
+    upstream = await engine(good)
+    gateway = await serve()
+    await in_database(lambda: cast.instance(cast.model(), upstream.port))
+    reply = await gateway.chat()
+    assert reply.status_code == 200
+    assert gateway.ends()[0]["status"] == 200
