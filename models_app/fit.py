@@ -22,7 +22,10 @@ from models_app.memory_estimate import Need
 from models_app.models import Instance, ModelConfig, Node, State
 from models_app.process_identity import ProcessIdentity, alive
 
-JUST_LOADED_S = 10.0  # READY for so short a time, an instance is not unloaded again
+# Seconds a process stays once it is READY: until its first request has had time to come, and afterwards as long as the load
+# took, so that models taking turns spend no more than half of the time on loading.
+UNUSED_STAY_S = 10.0
+LEAST_STAY_S, LONGEST_STAY_S = 2.0, 30.0
 RUNS_REMEMBERED = 5  # whose measured peaks count
 
 
@@ -100,7 +103,6 @@ def residents(node_name: str) -> list[Resident]:
 def _resident(row: Instance, seen: scheduling.Traffic, now: datetime, on_gpu: dict[int, int]) -> Resident:
     use = scheduling.use_of(row, seen, now)
     queued = any(part["queued"] for part in seen.of_part(row.model_name, row.part))
-    loaded_s = (now - row.ready_at).total_seconds() if row.ready_at else 0.0
     private_now = _private_bytes(row)
     return Resident(
         instance_id=row.pk,
@@ -113,10 +115,19 @@ def _resident(row: Instance, seen: scheduling.Traffic, now: datetime, on_gpu: di
         state=row.state,
         idle_s=use.idle_s(now),
         busy=bool(use.in_flight) or queued,
-        just_loaded=row.state == State.READY and loaded_s < JUST_LOADED_S,
+        just_loaded=row.state == State.READY and _just_loaded(row, use, now),
         pinned=bool(row.model and row.model.pinned),
         priority=row.model.priority if row.model else 0,
     )
+
+
+def _just_loaded(row: Instance, use: scheduling.Use, now: datetime) -> bool:
+    if row.ready_at is None:
+        return True
+    used = use.last_at is not None and use.last_at > row.ready_at
+    load_s = (row.ready_at - row.started_at).total_seconds() if row.started_at else 0.0
+    stay_s = min(max(load_s, LEAST_STAY_S), LONGEST_STAY_S) if used else UNUSED_STAY_S
+    return 0.0 <= (now - row.ready_at).total_seconds() < stay_s  # below 0: the clock was set back
 
 
 def _private_bytes(row: Instance) -> int:

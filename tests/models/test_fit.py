@@ -134,6 +134,18 @@ class TestResidents:
     def test_a_fresh_one_is_just_loaded(self) -> None:
         assert fit.residents(running(model(), ready_s=3.0).node.name)[0].just_loaded
 
+    @pytest.mark.parametrize(
+        ("load_s", "ready_s", "stays"),
+        [(0.5, 1.0, True), (0.5, 2.5, False), (20.0, 15.0, True), (20.0, 21.0, False), (600.0, 31.0, False), (1.0, -9e3, False)],
+    )
+    def test_one_that_was_used_stays_as_long_as_its_load_took(self, load_s: float, ready_s: float, stays: bool) -> None:
+        """Within bounds, and not for hours where the clock was set back."""
+        instance = running(model(), ready_s=ready_s)
+        assert instance.ready_at is not None
+        used_at = instance.ready_at + timedelta(seconds=0.1)
+        Instance.objects.update(started_at=instance.ready_at - timedelta(seconds=load_s), last_used_at=used_at)
+        assert fit.residents(instance.node.name)[0].just_loaded == stays
+
     def test_without_valkey_all_count_as_busy(self, settings: Settings) -> None:
         instance = running(model())
         settings.REDIS_URL = "unix:///nonexistent/valkey.sock"
