@@ -14,7 +14,6 @@ from celery import Celery, signals
 from celery.app.amqp import AMQP
 from celery.beat import Scheduler, SchedulingError
 from celery.exceptions import SecurityWarning
-from celery.schedules import schedule
 from kombu import Connection
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "assistant_site.settings")
@@ -101,9 +100,10 @@ class LeasedScheduler(Scheduler):
 
     def is_due(self, entry: Any) -> Any:
         """Whether an entry is to be sent now, and in how many seconds to ask again."""
-        if type(entry.schedule) is not schedule:
+        run_every = getattr(entry.schedule, "run_every", None)
+        if run_every is None:
             return super().is_due(entry)  # one that means times of day
-        now, period = time.monotonic(), entry.schedule.run_every.total_seconds()
+        now, period = time.monotonic(), run_every.total_seconds()
         due = self._due.setdefault(entry.name, now)
         if now < due:
             return False, due - now

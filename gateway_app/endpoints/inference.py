@@ -106,26 +106,27 @@ class Inference:
         parts = self._parts
         key = await parts.keys.authenticate(request.headers)
         call = parse(await request.body(parts.max_body), self._endpoint)
-        model = self._model(call, key) or await self._model_made_just_now(call, key)
+        model = await self._current_model(call, key)
         return Exchange(
             request, key, call, model, self._endpoint,
             limits=parts.limits, meter=parts.meter, slots=parts.slots, readers=parts.readers, patience=parts.patience,
         )  # fmt: skip
 
-    async def _model_made_just_now(self, call: Call, key: KeyRecord) -> Model:
+    async def _current_model(self, call: Call, key: KeyRecord) -> Model:
         """One that was made a moment ago is not unknown. Asked for the forbidden ones too, so that they take as long."""
-        await self._parts.recheck()
-        model = self._model(call, key)
-        if model is None:
-            raise errors.model_not_found(call.model)
-        return model
+        if not self._knows(call, key):
+            await self._parts.recheck()
+        return self._model(call, key)
 
-    def _model(self, call: Call, key: KeyRecord) -> Model | None:
-        """None where there is none that this key may use."""
+    def _knows(self, call: Call, key: KeyRecord) -> bool:
+        model = self._parts.directory().names.get(call.model)
+        return model is not None and key.allows(call.model, model.name)
+
+    def _model(self, call: Call, key: KeyRecord) -> Model:
+        if not self._knows(call, key):
+            raise errors.model_not_found(call.model)
         directory = self._parts.directory()
-        model = directory.names.get(call.model)
-        if model is None or not key.allows(call.model, model.name):
-            return None
+        model = directory.names[call.model]
         if self._endpoint not in model.endpoints:
             able = [name for name, other in directory.models.items() if self._endpoint in other.endpoints and key.allows(name)]
             raise errors.unsupported_endpoint(self._endpoint, call.model, sorted(able)[:20])
