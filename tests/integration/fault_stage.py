@@ -1,6 +1,7 @@
 """A whole platform whose engines can be told to misbehave, clients that notice everything, and a record of what was seen.
 
-The engines are tests/fakes/llama_server.py under the real adapter, shim and tasks: the stand-in is the model, nothing else.
+The engines are tests/fakes/llama_server.py and wasmedge.py under the real adapters, shim and tasks: what stands in is the
+engine's program, nothing else.
 Each fault writes one row to build/fault_matrix.json, from which the table of docs/operations.md is made.
 """
 
@@ -21,7 +22,7 @@ import httpx
 import psutil
 import redis
 
-from tests.fakes import gguf_files, llama_server
+from tests.fakes import gguf_files, llama_server, wasmedge
 from tests.running_platform import ROOT, Platform, wait_until
 
 RECORD = ROOT / "build" / "fault_matrix.json"
@@ -91,7 +92,15 @@ class Stage:
 
     def __init__(self, folder: Path, server: str = "daphne", **extra: str) -> None:
         self.program = llama_server.install(folder / "bin")
-        settings = {"ASSISTANT_DEMO_MODEL": "0", "ASSISTANT_LLAMA_SERVER": str(self.program), **extra}
+        self.wasmedge = wasmedge.install(folder / "wasmedge")
+        settings = {
+            "ASSISTANT_DEMO_MODEL": "0",
+            "ASSISTANT_LLAMA_SERVER": str(self.program),
+            "ASSISTANT_WASMEDGE": str(self.wasmedge.program),
+            "ASSISTANT_WASM_FILE": str(self.wasmedge.wasm),
+            "ASSISTANT_WASM_SHA256": self.wasmedge.sha256,
+            **extra,
+        }
         self.platform = Platform(folder / "h", server=server, extra=settings)
         self.admin_key = ""
 
@@ -123,11 +132,12 @@ class Stage:
         return answer.json() if answer.content else None
 
     def file(self, name: str) -> Path:
-        return self.platform.home / "models" / f"{name}.gguf"
+        folder = self.platform.home / "models"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{name}.gguf"
 
     def script(self, name: str, **behaviour: Any) -> None:
         """How the next process of this model behaves; see tests/fakes/llama_server.py."""
-        self.file(name).parent.mkdir(parents=True, exist_ok=True)
         Path(f"{self.file(name)}.json").write_text(json.dumps(behaviour))
 
     def model(self, name: str, behaviour: dict[str, Any] | None = None, file: Path | None = None, **fields: Any) -> int:

@@ -189,6 +189,29 @@ def test_a_missing_program_is_named_and_found_again(stage: Stage) -> None:
     stage.remove("programless")
 
 
+def test_a_missing_plugin_is_named_before_a_model_is_saved_and_when_it_goes_later(stage: Stage) -> None:
+    described = {"name": "sandboxed", "engine": "wasmedge", "chat_model_path": "sandboxed.gguf", "prompt_template": "chatml"}
+    gguf_files.llama(stage.file("sandboxed"))
+    stage.wasmedge.behave({"plugin": "missing"})
+    refused = stage.api("POST", "models/", described, expected=400)
+    assert "wasi_nn" in str(refused)
+    stage.wasmedge.behave({"plugin": "missing", "at_launch": True})
+    stage.api("POST", "models/", described)
+    stage.wait("sandboxed", "FAILED")
+    assert stage.incidents("sandboxed")[0]["diagnosis"] == "missing_plugin"
+    stage.wasmedge.behave({})
+    mended = time.monotonic()
+    stage.wait("sandboxed", "READY")
+    stage.record(
+        "plugin missing",
+        None,
+        time.monotonic() - mended,
+        "nothing can be saved; 503 with the remedy later",
+        "FAILED, then READY by itself",
+    )
+    stage.remove("sandboxed")
+
+
 def test_a_worker_killed_in_the_middle_of_a_load_loses_nothing(stage: Stage) -> None:
     stage.model("orphaned-load", {"load_s": 4.0})
     row = stage.wait("orphaned-load", "STARTING")

@@ -113,7 +113,6 @@ def test_a_pinned_model_stays_and_a_waiting_one_is_told_why(stage: Stage, client
 
 def big(stage: Stage, name: str, behaviour: dict[str, Any] | None = None, **fields: Any) -> None:
     """A model of about a GiB, by its header: the file is sparse and the stand-in takes nothing."""
-    stage.file(name).parent.mkdir(parents=True, exist_ok=True)
     gguf_files.llama(stage.file(name), layers=4, embedding=4096, vocabulary=32000)
     stage.model(name, behaviour, file=stage.file(name), **fields)
 
