@@ -50,7 +50,7 @@ def test_the_instance_list_shows_the_process_as_it_is(person: Person) -> None:
 def test_the_page_of_an_instance_shows_the_end_of_the_engines_log_which_grows_by_itself(person: Person) -> None:
     person.open_row(INSTANCES, MODEL)
     page = person.page
-    expect(page.get_by_text("Follows the running process.")).to_be_visible()
+    expect(page.get_by_text("Follows the running process")).to_be_visible()
     log = page.locator("#log [data-log]")
     before = log.inner_text()
     assert person.platform.chat().status_code == 200
