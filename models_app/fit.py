@@ -162,11 +162,11 @@ def _as_launched(row: Instance) -> ModelConfig:
 def _need(config: ModelConfig, spec: ModelSpec, digest: str = "") -> Need:
     need = engine_memory.need_of_spec(config.engine, spec, has_gpu=bool(node_memory.gpus()))
     peak = _measured_peak(digest or launch_spec.digest(config, spec.part))
-    return replace(need, measured=max(0, peak - need.mapped)) if peak else need
+    return replace(need, measured=max(0, peak - need.pages)) if peak else need
 
 
 def _measured_peak(digest: str) -> int:
-    """The most memory, file pages included, that the last runs with exactly these settings held."""
+    """The most memory, pages of mapped files included, that the last runs with exactly these settings held."""
     runs = Instance.objects.filter(launch_digest=digest, peak_memory_bytes__isnull=False).order_by("-exited_at")
     return max((peak or 0 for peak in runs.values_list("peak_memory_bytes", flat=True)[:RUNS_REMEMBERED]), default=0)
 

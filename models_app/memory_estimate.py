@@ -79,7 +79,8 @@ class Run:
 @dataclass(frozen=True, slots=True)
 class Need:
     """Bytes of one process. files: mapped weights by path; the rest of the host's is private. measured: private bytes that an
-    earlier run with the same settings held at most, 0 where there was none.
+    earlier run with the same settings held at most, 0 where there was none. pages: of mapped files that a process may have
+    seen at once, also of weights that are rearranged or handed to a GPU while it loads.
     """
 
     files: Mapping[str, int] = field(default_factory=dict)
@@ -90,6 +91,7 @@ class Need:
     prompt_cache: int = 0
     gpu: int = 0
     measured: int = 0
+    pages: int = 0
 
     @property
     def margin(self) -> int:
@@ -127,6 +129,7 @@ class Need:
             prompt_cache=self.prompt_cache + other.prompt_cache,
             gpu=self.gpu + other.gpu,
             measured=max(self.measured, other.measured),
+            pages=self.pages + other.pages,
         )
 
 
@@ -146,6 +149,7 @@ def estimate(header: GgufHeader, run: Run) -> Need:
         compute=compute,  # the host keeps buffers for what is handed to the GPU and back
         program=header.vocab_size * TOKEN_BYTES,
         gpu=gpu_weights + gpu_cache + (compute if on_gpu else 0),
+        pages=header.file_bytes if run.mapped else 0,
     )
 
 

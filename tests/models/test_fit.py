@@ -218,6 +218,18 @@ class TestVerdicts:
         config.ctx_size = 4096
         assert fit.need_of(config, "chat").measured == 0
 
+    def test_file_pages_of_rearranged_weights_are_not_measured_as_the_process_own(self, folder: Path) -> None:
+        """While such a process loads it maps the file and holds its copy: the kernel's peak counts the weights twice."""
+        gguf_files.llama(folder / "q.gguf", layers=16, embedding=1024, kind=gguf_files.Q4_0)
+        config = model("q", chat_model_path="q.gguf")
+        estimated = fit.need_of(config, "chat")
+        assert estimated.weights > 16 * MIB
+        held = estimated.private - estimated.margin
+        peak = held + (folder / "q.gguf").stat().st_size
+        ended = running(config)
+        Instance.objects.filter(pk=ended.pk).update(state=State.STOPPED, peak_memory_bytes=peak, exited_at=timezone.now())
+        assert fit.need_of(config, "chat").private == estimated.private
+
 
 class TestAdmission:
     def admit(self, config: ModelConfig, instance: Instance, may_evict: bool = True) -> Any:
