@@ -7,6 +7,7 @@ from collections.abc import Collection
 from django.core.exceptions import NON_FIELD_ERRORS, ValidationError
 
 from models_app import engine_access, launch_spec, model_rules
+from models_app.engines import options, registry
 from models_app.exceptions import PathNotAllowed, PreflightError
 from models_app.models import ModelConfig
 
@@ -16,6 +17,8 @@ def check_model(model: ModelConfig, changed: Collection[str]) -> None:
     model_rules.check_model(model, changed)
     if not {"one_process", *launch_spec.LAUNCH_FIELDS}.intersection(changed):
         return
+    if "extra_args" in changed:
+        _check_files_of_extra_args(model)
     try:
         specs = [launch_spec.model_spec(model, part) for part in model.parts]
     except PathNotAllowed:
@@ -26,6 +29,14 @@ def check_model(model: ModelConfig, changed: Collection[str]) -> None:
             adapter.preflight(spec)
     except PreflightError as error:
         raise ValidationError({_field(model, str(error)): str(error)}) from None
+
+
+def _check_files_of_extra_args(model: ModelConfig) -> None:
+    """A file that is named anew must be where model files may be, like those of the path fields."""
+    try:
+        options.resolved(registry.options_of(model.engine), model.extra_args, model_rules.resolve_model_path)
+    except PathNotAllowed as error:
+        raise ValidationError({"extra_args": str(error)}) from None
 
 
 def _field(model: ModelConfig, message: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from models_app.exceptions import PreflightError
+
+MOST_SHOWN = 80  # characters of a name or value that a message repeats
 
 
 class Option(Protocol):
@@ -44,9 +45,8 @@ class Number:
         return f"a number from {self.low:g} to {self.high:g}"
 
     def accepts(self, value: object) -> bool:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return False
-        return math.isfinite(value) and self.low <= value <= self.high
+        # Compared as it is: an integer may be too large to become a float, and NaN lies between nothing.
+        return isinstance(value, int | float) and not isinstance(value, bool) and self.low <= value <= self.high
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,9 +207,14 @@ def check(options: Mapping[str, Option], values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         option = options.get(name)
         if option is None:
-            raise PreflightError(f"extra_args: “{name}” is not an allowed setting; {_instead(name, options)}.")
+            raise PreflightError(f"extra_args: “{name[:MOST_SHOWN]}” is not an allowed setting; {_instead(name, options)}.")
         if not option.accepts(value):
-            raise PreflightError(f"extra_args: “{name}” must be {option}, not {value!r}.")
+            raise PreflightError(f"extra_args: “{name}” must be {option}, not {_shown(value)}.")
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}…"
 
 
 def _instead(name: str, options: Mapping[str, Option]) -> str:

@@ -15,6 +15,7 @@ from django.test import Client
 from models_app import keys
 from models_app.api import errors
 from models_app.models import ModelConfig
+from tests.fakes import gguf_files
 
 pytestmark = pytest.mark.django_db
 
@@ -56,6 +57,45 @@ def test_a_filter_beyond_what_the_database_counts_is_named(client: Client, query
     answer = client.get(f"/api/v1/{query}")
     assert answer.status_code == 400
     assert list(answer.json()) == [query.partition("?")[2].partition("=")[0]]
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"sampling.temp": 10**400},
+        {"sampling.temp": -(10**400)},
+        {"tensor_split": [1, 10**400]},
+        {"lora": [{"path": "a.gguf", "scale": 10**400}]},
+        {"sampling.temp": "9" * 9000},
+        {"9" * 9000: 1},
+    ],
+)
+@pytest.mark.parametrize("engine", ["embedded", "llama-server"])
+def test_a_setting_out_of_all_bounds_is_refused_and_not_repeated_whole(
+    client: Client, extra: dict[str, Any], engine: str, tmp_path: Path, settings: Any
+) -> None:
+    settings.ASSISTANT_MODEL_DIRS = [tmp_path]
+    gguf_files.llama(tmp_path / "a.gguf")
+    body = json.dumps({"name": "small", "engine": engine, "chat_model_path": "a.gguf", "extra_args": extra})
+    answer = client.post("/api/v1/models/", body, content_type="application/json")
+    assert answer.status_code == 400
+    (said,) = answer.json()["extra_args"]
+    assert "9" * 100 not in said
+    assert "0" * 100 not in said
+
+
+@pytest.mark.parametrize("path", ["../../etc/passwd", "/etc/passwd", "nowhere.gguf"])
+@pytest.mark.parametrize("setting", ["draft_model", "lora"])
+def test_a_further_file_must_be_where_model_files_are_when_it_is_saved(
+    client: Client, path: str, setting: str, tmp_path: Path, settings: Any
+) -> None:
+    settings.ASSISTANT_MODEL_DIRS = [tmp_path]
+    gguf_files.llama(tmp_path / "a.gguf")
+    extra = {setting: [{"path": path}] if setting == "lora" else path}
+    body = json.dumps({"name": "small", "chat_model_path": "a.gguf", "extra_args": extra})
+    answer = client.post("/api/v1/models/", body, content_type="application/json")
+    assert (answer.status_code, list(answer.json())) == (400, ["extra_args"])
+    assert str(tmp_path) in answer.json()["extra_args"][0]
 
 
 @pytest.mark.parametrize("path", ["m" * 300, "m" * 300 + "/x.gguf", "/" + "m/" * 500])
