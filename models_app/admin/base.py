@@ -6,6 +6,7 @@ Actions of unfold without a dialog are plain links, a state change by GET. So `c
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -17,6 +18,7 @@ from django.db.models import Model
 from django.forms.models import construct_instance
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect
 from django.utils import timezone
+from django.utils.functional import SimpleLazyObject
 from django.utils.html import format_html
 from django.utils.http import url_has_allowed_host_and_scheme
 from django.utils.safestring import SafeString
@@ -86,14 +88,27 @@ class RuleForm(ModelForm[M], Generic[M]):
 def confirmed(
     title: str, question: str, *, icon: str, permission: str = "change", dangerous: bool = False, submit: str = ""
 ) -> Callable[[F], F]:
-    """An action (row or detail) that asks first and runs on POST only: method(self, request, form, object_id)."""
-    decorate: Callable[[F], F] = action(
-        description=title,
-        icon=icon,
-        permissions=[permission],
-        variant=ActionVariant.DANGER if dangerous else ActionVariant.DEFAULT,
-        dialog={"title": f"{title}?", "description": question, "form_class": None, "form_submit_text": submit or title},
-    )
+    """An action (row or detail) that asks first, naming its row, and runs on POST only: method(self, request, form, object_id).
+
+    dangerous: the button that does it is red, as the one that asks.
+    """
+
+    def asking(method: F, heading: object) -> F:
+        dialog = {"title": heading, "description": question, "form_submit_text": submit or title, "dangerous": dangerous}
+        variant = ActionVariant.DANGER if dangerous else ActionVariant.DEFAULT
+        made: F = action(method, description=title, icon=icon, permissions=[permission], variant=variant, dialog=dialog)
+        return made
+
+    def decorate(method: F) -> F:
+        @functools.wraps(asking(method, title))
+        def named(page: Admin[Any], request: HttpRequest, object_id: Any) -> HttpResponse:
+            # Not looked up before the dialog is drawn: who may not do this does not learn what there is.
+            heading = SimpleLazyObject(lambda: f"{title} {page.row(request, object_id)}?")
+            answer: HttpResponse = asking(method, heading)(page, request, object_id=object_id)
+            return answer
+
+        return named  # type: ignore[return-value]  # it takes what the method takes, but for the form
+
     return decorate
 
 
