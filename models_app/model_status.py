@@ -42,6 +42,11 @@ class ModelStatus:
     failed_instance: int | None = None
     activity: str = ""
 
+    @property
+    def ready_in_words(self) -> str:
+        """“1 of 2”; the count alone where more run than must be kept running, or none must."""
+        return f"{self.ready} of {self.desired}" if self.desired and self.ready <= self.desired else str(self.ready)
+
 
 def with_current_instances(models: ModelConfigQuerySet) -> ModelConfigQuerySet:
     """Prefetch what status_of needs: two queries for the whole page."""

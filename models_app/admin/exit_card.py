@@ -18,6 +18,7 @@ TITLES = {
     State.FAILED: "This process failed and will be tried again",
     State.CRASH_LOOP: "This process failed too often; nothing is tried any more until you restart it or change the model",
 }
+REPLACING = "What was changed cannot start; the process from before the change goes on serving"
 CARD_LINES = 40
 MODEL_CARDS = 3
 
@@ -54,7 +55,7 @@ def of_instance(instance: Instance, request: HttpRequest) -> ExitCard | None:
     failing = state in TITLES
     return ExitCard(
         anchor=f"exit-{instance.pk}",
-        title=TITLES.get(state, "Its last process ended"),
+        title=_title(state, instance),
         who=f"{instance}, generation {instance.generation}",
         kind=diagnosis.title(instance.diagnosis),
         what=_without(reason, remedy),
@@ -66,14 +67,15 @@ def of_instance(instance: Instance, request: HttpRequest) -> ExitCard | None:
         again=again(incident) if incident and failing else "",
         failing=failing,
         retry_url=_retry_url(instance, request) if failing else "",
-        log_url=log_url(instance.pk, instance.generation),
+        log_url=log_url(instance.pk, instance.generation) if instance.generation else "",
         model_url=_model_url(instance, request) if failing else "",
     )
 
 
 def of_model(model: ModelConfig, request: HttpRequest) -> list[ExitCard]:
     """Cards of the model's failed instances, the newest failure first, without what leads to the model's own page."""
-    failed = model.instances.filter(state__in=TITLES).order_by("-state_changed_at").defer("engine_secret")[:MODEL_CARDS]
+    failed = model.instances.filter(state__in=TITLES).select_related("replaces").order_by("-state_changed_at")
+    failed = failed.defer("engine_secret", "replaces__engine_secret", "replaces__exit_log")[:MODEL_CARDS]
     cards = [of_instance(instance, request) for instance in failed]
     return [replace(card, model_url="") for card in cards if card is not None]
 
@@ -96,7 +98,7 @@ def of_incident(incident: Incident, request: HttpRequest) -> ExitCard:
         again=again(incident),
         failing=present,
         retry_url=_retry_url(instance, request) if instance and present else "",
-        log_url=log_url(instance.pk, incident.generation) if instance else "",
+        log_url=log_url(instance.pk, incident.generation) if instance and incident.generation else "",
         model_url=_model_url(instance, request) if instance else "",
     )
 
@@ -135,6 +137,12 @@ def log_url(instance_id: int, run: int) -> str:
     """The log page at one run; the newest where none was started."""
     address = reverse("admin:models_app_instance_log", args=[instance_id])
     return f"{address}?run={run}" if run else address
+
+
+def _title(state: State, instance: Instance) -> str:
+    if state == State.FAILED and instance.replaces is not None and instance.replaces.state == State.READY:
+        return REPLACING
+    return TITLES.get(state, "Its last process ended")
 
 
 def _facts(code: int | None, number: int | None, peak: int | None) -> tuple[str, ...]:

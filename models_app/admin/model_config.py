@@ -111,7 +111,7 @@ class ModelConfigAdmin(MemoryCheck, Admin[ModelConfig]):
     @column("ready", header=True)
     def replicas(self, model: ModelConfig) -> Sequence[str]:
         status = model_status.status_of(model)
-        return (f"{status.ready} of {status.desired}", status.activity)
+        return (status.ready_in_words, status.activity)
 
     @column("engine", ordering="engine")
     def engine_name(self, model: ModelConfig) -> str:

@@ -16,6 +16,7 @@ from django.utils.safestring import SafeString
 from models_app import keys, model_status
 from models_app.admin.base import age, base_url
 from models_app.admin.exit_card import next_attempt
+from models_app.contracts.traits import CHAT_ROLE
 from models_app.model_status import Condition, ModelStatus
 from models_app.models import APIKey, Instance, ModelConfig, RemoteServer, State, UsageEvent
 
@@ -81,14 +82,15 @@ def context(request: HttpRequest, given: dict[str, Any]) -> dict[str, Any]:
         "attention": attention(),
         "models": models[:MAX_SHOWN],
         "model_count": len(models),
-        "ready_models": sum(_serves(model, status) for model, status in models),
+        "ready_models": sum(status.condition == Condition.READY for _, status in models),
+        "idle_models": sum(status.condition == Condition.IDLE for _, status in models),
         "wanted_models": sum(model.enabled for model, _ in models),
         "remote_count": RemoteServer.objects.usable().count(),
         "key_count": usable_keys,
         "day": day,
         "figures": day.figures(),
         "base_url": base_url(request),
-        "curl_model": _first_ready(models) or (names[0] if names else ""),
+        "curl_model": example_model(models, names),
         "steps": steps(models, usable_keys),
     }
 
@@ -160,5 +162,12 @@ def _serves(model: ModelConfig, status: ModelStatus) -> bool:
     return model.enabled and status.condition in (Condition.READY, Condition.IDLE)
 
 
-def _first_ready(models: list[tuple[ModelConfig, ModelStatus]]) -> str:
-    return next((model.name for model, status in models if status.condition == Condition.READY), "")
+def example_model(models: list[tuple[ModelConfig, ModelStatus]], names: list[str]) -> str:
+    """A model that chats, for the command to copy: a ready one, else one that loads when asked, else any such name."""
+    chatting = [(model.name, status.condition) for model, status in models if CHAT_ROLE in model.roles]
+    for wanted in (Condition.READY, Condition.IDLE):
+        for name, condition in chatting:
+            if condition == wanted:
+                return name
+    mute = {model.name for model, _ in models} - {name for name, _ in chatting}
+    return next((name for name in names if name not in mute), "")

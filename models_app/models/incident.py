@@ -40,4 +40,4 @@ class Incident(models.Model):
         ]
 
     def __str__(self) -> str:
-        return f"{self.diagnosis} of {self.model_name}#{self.instance_number}"
+        return f"incident {self.pk} of {self.model_name}#{self.instance_number}"

@@ -217,3 +217,29 @@ def test_many_runs_are_offered_in_a_list(browser: Client, logged: Instance, sett
     page = text(browser, url("instance_log", logged.pk) + "?run=2")
     assert page.count("Run ") == 14
     assert '<option value="2" selected>Run 2</option>' in page
+
+
+def test_a_change_that_cannot_start_says_that_the_old_process_goes_on(browser: Client) -> None:
+    old = make_instance(State.READY)
+    new = make_instance(State.STARTING, replaces=old, port=20_001, pid=7, start_ticks=1)
+    lifecycle.failed(new, DIED)
+    page = text(browser, url("modelconfig_change", old.model_id))
+    assert "the process from before the change goes on serving" in page
+    assert "Whole log" not in card(page)  # it never ran
+
+
+def test_a_dialog_names_what_it_is_about_and_is_red_where_it_is_dangerous(browser: Client) -> None:
+    model = make_model("talk")
+    stop = text(browser, url("modelconfig_stop", model.pk))
+    start = text(browser, url("modelconfig_start", model.pk))
+    assert ">Stop talk?<" in "".join(stop.split("\n")).replace("  ", "")
+    assert ">Start talk?<" in "".join(start.split("\n")).replace("  ", "")
+    assert "bg-red-600" in stop
+    assert "bg-red-600" not in start
+
+
+def test_a_dialog_does_not_tell_a_name_to_somebody_who_may_not_act(db: None) -> None:
+    model = make_model("talk")
+    answer = staff("view_node").get(url("modelconfig_stop", model.pk))
+    assert answer.status_code == 403
+    assert "talk" not in answer.content.decode()

@@ -20,7 +20,8 @@ from django.utils import timezone
 from models_app import keys, run_log
 from models_app.admin import overview
 from models_app.admin.base import Admin
-from models_app.models import APIKey, Incident, Instance, Load, ModelAlias, ModelConfig, Node, RemoteServer, UsageEvent
+from models_app.models import APIKey, Incident, Instance, Load, ModelAlias, ModelConfig, Node, RemoteServer, State, UsageEvent
+from tests.models.instances import make_instance, make_model
 
 pytestmark = pytest.mark.django_db
 
@@ -122,6 +123,18 @@ def test_the_overview_costs_few_queries_and_puts_failures_first(browser: Client,
     assert "It ended with &lt;script&gt;" in page
     assert "450" in page  # 30 × (10 + 5) tokens
     assert "http://testserver/v1/chat/completions" in page
+
+
+def test_the_command_to_copy_names_a_model_that_chats_and_idle_ones_do_not_count_as_ready(browser: Client) -> None:
+    ModelConfig.objects.all().delete()
+    embed = make_model("embed", chat_model_path="", embedding_model_path="e.gguf", min_replicas=0)
+    make_instance(State.READY, embed, part="embedding")
+    make_model("talk", min_replicas=0)
+    page = browser.get(reverse("admin:index")).content.decode()
+    assert "&quot;model&quot;: &quot;talk&quot;" in page or '"model": "talk"' in page
+    assert "enabled models ready, 1 when asked" in page
+    assert "1 of 0" not in page
+    assert "0 of 0" not in page
 
 
 def test_an_empty_overview_says_what_to_do_first(browser: Client) -> None:
