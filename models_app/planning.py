@@ -33,6 +33,7 @@ class Observed:
     """One instance that has not ended. model_id is None once the model is deleted.
 
     replaces: id of the outdated instance it takes over from. hold: why it waits for room. used_at: when it was last of use.
+    makes_room: it drains, which may yet be called off.
     """
 
     instance_id: int
@@ -47,6 +48,7 @@ class Observed:
     hold: str = ""
     busy: bool = False
     used_at: datetime | None = None
+    makes_room: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,7 @@ class Drop:
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """READY → DRAINING; whoever carries it out orders `advance` on the node."""
+    """READY → DRAINING, or for good where it only makes room; whoever carries it out orders `advance` on the node."""
 
     instance_id: int
     generation: int
@@ -154,7 +156,8 @@ def plan(world: World, now: datetime) -> list[Action]:
         own = [one for one in world.instances if (one.model_id, one.part) == (model.model_id, model.part)]
         actions += _plan_model(model, own, placement, now)
     wanted = {(model.model_id, model.part) for model in world.models}
-    actions += [_end(one) for one in world.instances if (one.model_id, one.part) not in wanted and one.state in LIVE]
+    unwanted = (one for one in world.instances if (one.model_id, one.part) not in wanted)
+    actions += [_end(one) for one in unwanted if one.state in LIVE or one.makes_room]
     heard = {node.name for node in world.nodes if node.heard}
     return [action for action in actions if not isinstance(action, Order) or action.node in heard]
 
@@ -164,7 +167,7 @@ def _order(do: Literal["start", "stop", "advance"], one: Observed) -> Order:
 
 
 def _end(one: Observed, reason: str = DrainReason.STOP) -> Action:
-    if one.state == State.READY:
+    if one.state == State.READY or one.makes_room:
         return Drain(one.instance_id, one.generation, one.node, reason)
     return _order("stop", one) if one.state == State.STARTING else Drop(one.instance_id, one.generation)
 

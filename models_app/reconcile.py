@@ -99,6 +99,7 @@ def _observed(one: Instance, seen: Traffic, now: datetime) -> Observed:
         hold=one.hold,
         busy=use.in_flight > 0,
         used_at=use.last_at,
+        makes_room=one.makes_room,
     )
 
 

@@ -6,6 +6,8 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from django.conf import settings
+from django.utils import timezone
 from hypothesis import given, strategies
 from hypothesis import settings as hypothesis_settings
 from pytest_django.fixtures import Settings
@@ -65,6 +67,12 @@ def test_what_is_on_its_way_is_looked_after(state: State) -> None:
 @pytest.mark.parametrize("model_id", [1, None])
 def test_everything_of_a_disabled_or_deleted_model_ends(state: State, end: Action, model_id: int | None) -> None:
     assert end in planned(one(state, model_id=model_id), want=None)
+
+
+def test_what_only_makes_room_is_stopped_for_good_once_its_model_is_disabled() -> None:
+    assert Drain(1, 1, "here") in planned(one(S.DRAINING, makes_room=True), want=None)
+    assert Drain(1, 1, "here") not in planned(one(S.DRAINING, makes_room=True))
+    assert Drain(1, 1, "here") not in planned(one(S.DRAINING), want=None)
 
 
 def test_a_failed_instance_is_tried_again_when_its_time_has_come() -> None:
@@ -314,6 +322,17 @@ class TestEffects:
         orders = reconcile.reconcile()
         assert Instance.objects.get().state == S.DRAINING
         assert orders == [Order("advance", instance.pk, 0, instance.node.name)]
+
+    def test_a_disabled_model_that_is_making_room_has_no_longer_than_any_other_to_end(self) -> None:
+        instance = make_instance(S.READY)
+        lifecycle.draining(instance, DrainReason.YIELD)
+        assert instance.model is not None
+        operations.stop_model(instance.model)
+        reconcile.reconcile()
+        instance.refresh_from_db()
+        assert (instance.state, instance.drain_reason) == (S.DRAINING, DrainReason.STOP)
+        assert instance.deadline_at is not None
+        assert instance.deadline_at <= timezone.now() + timedelta(seconds=settings.ASSISTANT_ENGINE_DRAIN_S)
 
     def test_a_deleted_model_is_drained_too(self) -> None:
         make_instance(S.READY)
