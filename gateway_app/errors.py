@@ -132,9 +132,9 @@ def invalid_request(message: str, param: str | None = None) -> ApiError:
     return ApiError(400, message, INVALID_REQUEST, None, param)
 
 
-def context_length_exceeded(message: str) -> ApiError:
-    """400: the prompt does not fit the model's context."""
-    return ApiError(400, message, INVALID_REQUEST, "context_length_exceeded", "messages")
+def context_length_exceeded(message: str, param: str = "messages") -> ApiError:
+    """400: the prompt does not fit the model's context. param: the field that holds it."""
+    return ApiError(400, message, INVALID_REQUEST, "context_length_exceeded", param)
 
 
 def request_too_large(limit: int) -> ApiError:
@@ -220,6 +220,7 @@ def upstream_stream_interrupted() -> ApiError:
     return ApiError(502, message, SERVER_ERROR, "upstream_stream_interrupted")
 
 
+_ADVICE = "increase the physical batch size"  # what llama.cpp says to whoever launched it
 _CONTEXT_PHRASES = ("context size", "context length", "context window", "context_length", "maximum context")
 
 
@@ -234,12 +235,13 @@ def _is_context_error(kind: object, code: object, message: str) -> bool:
     )
 
 
-def from_engine(status: int, error: object) -> ApiError:
+def from_engine(status: int, error: object, prompt: str = "messages") -> ApiError:
     """What an engine answered, as one of ours.
 
     status: of its answer, 200 where the error came inside a stream. error: the "error" member (an object or a text), or
-    anything else when there was none. Refusals of the request are repeated in the engine's words; an engine that refuses
-    *us* (401, 403, 404), breaks (5xx) or talks nonsense is our trouble and told as a plain sentence.
+    anything else when there was none. prompt: the field of the request that holds what the model reads.
+    Refusals of the request are repeated in the engine's words; an engine that refuses *us* (401, 403, 404), breaks (5xx) or
+    talks nonsense is our trouble and told as a plain sentence.
     """
     fields: Mapping[Any, Any] = error if isinstance(error, Mapping) else {}
     message = fields.get("message", error)
@@ -250,7 +252,8 @@ def from_engine(status: int, error: object) -> ApiError:
     if status < 400 and isinstance(code, int) and not isinstance(code, bool):
         status = code
     if _is_context_error(kind, code, message):
-        return context_length_exceeded(message or "The prompt is longer than the model's context.")
+        said = message.partition(_ADVICE)[0].rstrip()
+        return context_length_exceeded(said or "The prompt is longer than the model's context.", prompt)
     if status == 429:
         return server_overloaded(1)
     if status == 503:

@@ -29,7 +29,7 @@ from gateway_app.routing.backends import Backend, Model
 from gateway_app.routing.slots import Slots
 from gateway_app.sse import StreamScanner, read_embedding_usage, read_usage, splice_model
 from gateway_app.upstream.http import BodyTooLarge, ConnectFailed, UpstreamBroken, UpstreamFailure, UpstreamPool, UpstreamResponse
-from models_app.contracts.traits import EMBEDDINGS
+from models_app.contracts.traits import CHAT, COMPLETIONS, EMBEDDINGS
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ MAX_ERROR = 64 * 1024  # bytes of an engine's error that are read
 MAX_COMMENTS = 64 * 1024  # bytes of comments before the first event that are kept for the client
 _DONE = b"data: [DONE]\n\n"
 _ELSEWHERE = frozenset({429, 500, 502, 503, 504})  # of a backend that another one may not have
+_PROMPTS = {CHAT: "messages", COMPLETIONS: "prompt", EMBEDDINGS: "input"}  # the field that holds what the model reads
 _ACCEPT_JSON = (b"accept", b"application/json")
 _ACCEPT_STREAM = (b"accept", b"text/event-stream")
 
@@ -70,6 +71,7 @@ class Inference:
     def __init__(self, parts: Parts, endpoint: str) -> None:
         self._parts = parts
         self._endpoint = endpoint
+        self._prompt = _PROMPTS[endpoint]
         self._read_usage = read_embedding_usage if endpoint == EMBEDDINGS else read_usage
 
     async def handle(self, request: Request) -> None:
@@ -191,7 +193,7 @@ class Inference:
         response = await self._parts.pool.send(backend.origin, b"POST", backend.targets[self._endpoint], headers, body)
         exchange.response = response
         if response.status != 200:
-            raise errors.from_engine(response.status, _error_member(await response.read(MAX_ERROR)))
+            raise errors.from_engine(response.status, _error_member(await response.read(MAX_ERROR)), self._prompt)
         return response
 
     async def _plain(self, exchange: Exchange) -> None:
@@ -205,7 +207,7 @@ class Inference:
         try:
             exchange.outcome.usage, finish_reason = self._read_usage(body)
         except ValueError:  # an error, a page, a stream, half an answer
-            raise errors.from_engine(200, _error_member(body)) from None
+            raise errors.from_engine(200, _error_member(body), self._prompt) from None
         exchange.begun = True
         exchange.interruption.close()
         await exchange.request.answer(_named(body, exchange.call.model))
@@ -215,7 +217,7 @@ class Inference:
         response = await self._send(exchange)
         scanner = StreamScanner(exchange.call.model, exchange.call.wants_usage)
         async with aclosing(response.chunks()) as chunks:
-            first = await _first_event(scanner, chunks)
+            first = await _first_event(scanner, chunks, self._prompt)
             exchange.begun = True
             try:
                 await self._relay(exchange, scanner, chunks, first)
@@ -239,7 +241,7 @@ class Inference:
             if out:
                 await outlet.write(out)
             if scanner.error is not None:
-                raise errors.from_engine(200, scanner.error)
+                raise errors.from_engine(200, scanner.error, self._prompt)
             data = await anext(chunks, None)
             if data is None:
                 out = scanner.finish()
@@ -255,7 +257,7 @@ class Inference:
         exchange.completed(scanner.finish_reason)
 
 
-async def _first_event(scanner: StreamScanner, chunks: AsyncGenerator[bytes, None]) -> bytes:
+async def _first_event(scanner: StreamScanner, chunks: AsyncGenerator[bytes, None], prompt: str) -> bytes:
     """What to relay once the first event is whole. Raises UpstreamBroken where none comes, else the error if it is one."""
     held = b""
     async for data in chunks:
@@ -267,7 +269,7 @@ async def _first_event(scanner: StreamScanner, chunks: AsyncGenerator[bytes, Non
     else:
         held += scanner.finish()
     if scanner.error is not None and b"data:" not in held:  # comments are no answer
-        raise errors.from_engine(200, scanner.error)
+        raise errors.from_engine(200, scanner.error, prompt)
     if not scanner.saw_event:
         raise UpstreamBroken("the stream ended before its first event")
     return held

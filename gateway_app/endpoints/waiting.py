@@ -12,7 +12,7 @@ from gateway_app.keys import KeyRecord
 from gateway_app.loads import Loads
 from gateway_app.routing.backends import Backend, Model, Offer
 from gateway_app.routing.demand import Demand
-from gateway_app.routing.slots import Refusal, Slots, Waiter
+from gateway_app.routing.slots import MAX_RETRY_AFTER_S, Refusal, Slots, Waiter
 
 STREAM_MAX_WAIT_S = 600.0  # a stream is kept warm by pings meanwhile; still nobody waits for ever
 _PREFER_WAIT = re.compile(rb"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,6})", re.IGNORECASE)
@@ -56,7 +56,7 @@ class WaitingRoom:
             excluded,
         )
         if not slots.enqueue(model, waiter):
-            raise errors.server_overloaded(slots.retry_after_s(model.name, part))
+            raise errors.server_overloaded(self._retry_after_s(model, endpoint))
         timer = loop.call_at(until, lambda: _fail(future, self._out_of_time(model, endpoint, key)))
         try:
             return await future
@@ -67,6 +67,13 @@ class WaitingRoom:
         finally:
             timer.cancel()
             slots.leave(model, waiter)
+
+    def _retry_after_s(self, model: Model, endpoint: str) -> float:
+        """When a full queue should have room: not before the model has been loaded."""
+        part = model.part(endpoint)
+        load = None if model.offers.get(endpoint) else self._loads.find(model.name, part)
+        expected = (load["eta_s"] or 0.0) if load is not None else 0.0
+        return min(MAX_RETRY_AFTER_S, max(expected, self._slots.retry_after_s(model.name, part)))
 
     def _grant(self, future: asyncio.Future[Offer], offer: Offer) -> None:
         if future.done():  # cancelled or out of time, and not out of the queue yet

@@ -18,9 +18,13 @@ from redis.asyncio.client import PubSub
 
 from assistant_site.valkey import Valkey
 from gateway_app.endpoints.relay import Patience
+from gateway_app.endpoints.waiting import WaitingRoom
+from gateway_app.errors import ApiError
+from gateway_app.keys import KeyRecord
 from gateway_app.loads import Loads
 from gateway_app.routing.backends import Backend, Model, Offer
 from gateway_app.routing.demand import Demand
+from gateway_app.routing.slots import QUEUE_AT_LEAST, Slots, Waiter
 from gateway_app.upstream.origin import Origin
 from models_app.contracts.coordination import (
     DEMAND,
@@ -138,6 +142,11 @@ def progress(**changes: Any) -> LoadProgress:
     return {**base, **changes}  # type: ignore[typeddict-item]
 
 
+SOMEBODY = KeyRecord(
+    1, b"", "ast", 1, "sam", frozenset({"inference"}), None, None, True, None, None, None, None, "normal", 1.0, False
+)
+
+
 def said(value: object) -> LoadProgress | None:
     loads = Loads(lambda: 1000.0)
     loads.take_over({load_field("m", "chat").encode(): json.dumps(value).encode()})
@@ -165,6 +174,18 @@ def test_numbers_that_are_none_do_no_harm() -> None:
     loads = Loads()
     loads.take_over({load_field("m", "chat").encode(): b"\xff{"})
     assert loads.find("m", "chat") is None
+
+
+@pytest.mark.parametrize(("eta_s", "told"), [(40.0, b"40"), (900.0, b"60"), (None, b"1")])
+async def test_who_finds_the_queue_of_a_loading_model_full_comes_back_when_it_is_loaded(eta_s: float | None, told: bytes) -> None:
+    slots, loads, asked = Slots(), Loads(), model()
+    for _ in range(QUEUE_AT_LEAST):
+        assert slots.enqueue(asked, Waiter(CHAT, lambda _: None, lambda _: None))
+    loads.take_over({load_field("m", "chat").encode(): json.dumps(progress(eta_s=eta_s)).encode()})
+    room = WaitingRoom(slots, Demand(lambda: None), loads)
+    with pytest.raises(ApiError) as refused:
+        await room.wait(asked, CHAT, (), asyncio.get_running_loop().time() + 60, SOMEBODY)
+    assert (refused.value.code, dict(refused.value.headers)[b"retry-after"]) == ("server_overloaded", told)
 
 
 # --- in a running gateway ----------------------------------------------------------------------------------------------

@@ -75,6 +75,20 @@ async def test_a_wrong_body_is_refused_naming_the_field(cast: Cast, serve: Serve
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
 
 
+async def test_an_input_that_is_too_long_names_the_field_that_holds_it(cast: Cast, serve: Serve, engine: Engine) -> None:
+    said = json.dumps({"error": {"code": 500, "message": "input (862 tokens) is too large to process."}}).encode()
+    upstream = await engine(replying(response(said, 500)))
+
+    def make() -> None:
+        model = cast.model(embedding_model_path="/models/e.gguf")
+        cast.instance(model, upstream.port, part="embedding")
+
+    await in_database(make)
+    gateway = await serve()
+    error = (await embed(gateway)).json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "input")
+
+
 @pytest.mark.parametrize("order", [["usage", "data"], ["data", "usage"]])
 def test_usage_is_found_at_either_end(order: list[str]) -> None:
     body = json.dumps({name: VECTORS[name] for name in order}).encode()
