@@ -78,6 +78,15 @@ def address(name: str, default: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def redis_url(name: str) -> str:
+    """The address of a Valkey or Redis; empty where unset. What it is set to may hold a password, so it is not repeated."""
+    raw = text(name, "")
+    scheme, there, _ = raw.partition("://")
+    if raw and (scheme not in {"redis", "rediss", "unix"} or not there):
+        raise ImproperlyConfigured(f"{name} must look like redis://:password@host:6379/0, rediss://… or unix:///path.")
+    return raw
+
+
 def node_name(home: Path) -> str:
     """This machine's name among the nodes: ASSISTANT_NODE, else the host name of the first start, cut to what a queue name takes.
 

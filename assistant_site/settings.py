@@ -64,7 +64,7 @@ ALLOWED_HOSTS = sorted(
 CSRF_TRUSTED_ORIGINS = env.words("ASSISTANT_TRUSTED_ORIGINS")
 
 # REDIS_URL belongs to the operator; without it everything goes to the embedded Valkey's private socket.
-_EXTERNAL_REDIS = env.text("REDIS_URL", "")
+_EXTERNAL_REDIS = env.redis_url("REDIS_URL")
 _EMBEDDED = f":{quote(ASSISTANT_VALKEY_PASSWORD, safe='')}@{quote(str(ASSISTANT_VALKEY_SOCKET))}"
 ASSISTANT_EMBEDDED_VALKEY = not _EXTERNAL_REDIS
 REDIS_URL = _EXTERNAL_REDIS or f"unix://{_EMBEDDED}?db=0"

@@ -88,6 +88,22 @@ def test_an_open_folder_is_closed_to_others(tmp_path: Path) -> None:
     assert mode(env.private_folder(folder)) == 0o700
 
 
+@pytest.mark.parametrize("raw", ["", "redis://:pw@host:6379/0", "rediss://host/0", "unix:///run/v.sock?db=1"])
+def test_an_address_of_a_broker_is_taken_as_it_is(raw: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REDIS_URL", raw)
+    assert env.redis_url("REDIS_URL") == raw
+
+
+@pytest.mark.parametrize("raw", ["localhost:6379/s3cret", "http://:s3cret@host", "redis:s3cret"])
+def test_what_is_no_address_of_a_broker_is_refused_without_repeating_its_password(
+    raw: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REDIS_URL", raw)
+    with pytest.raises(ImproperlyConfigured, match="REDIS_URL must look like") as refused:
+        env.redis_url("REDIS_URL")
+    assert "s3cret" not in str(refused.value)
+
+
 def test_a_node_name_fits_a_queue_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ASSISTANT_NODE", "büro host.example" + "x" * 100)
     name = env.node_name(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from rest_framework import serializers
@@ -21,6 +22,14 @@ class FitQuery(ModelSerializer):
             "engine", "chat_model_path", "embedding_model_path", "tts_model_path", "one_process", "ctx_size", "batch_size",
             "slots", "gpu_layers", "extra_args", "min_replicas",
         ]  # fmt: skip
+
+    def to_internal_value(self, data: Any) -> Any:
+        """A misspelt setting must not be answered as if it had been judged; what else a model has may come along."""
+        known = {*ModelSerializer.Meta.fields, *self.fields}
+        unknown = [name for name in data if name not in known] if isinstance(data, Mapping) else []
+        if unknown:
+            raise serializers.ValidationError({name: ["A model has no such setting."] for name in unknown})
+        return super().to_internal_value(data)
 
     def changed(self) -> ModelConfig:
         """The saved model with the changes that were asked about."""

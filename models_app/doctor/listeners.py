@@ -90,7 +90,10 @@ def _ephemeral() -> range | None:
 def judge_overlaps(span: range, public: Sequence[int], ephemeral: range | None) -> Iterator[Finding]:
     for port in public:
         if port in span:
-            yield warn(f"Port {port} is public and among the ports for engines.", "Move one of the two.")
+            yield warn(
+                f"Port {port} is public and among the ports for engines.",
+                "Choose another port for it, outside ASSISTANT_ENGINE_PORTS.",
+            )
     if ephemeral is not None and span.start < ephemeral.stop and ephemeral.start < span.stop:
         yield warn(
             f"Ports for engines overlap with those of outgoing connections ({ephemeral.start} to {ephemeral.stop - 1}), "

@@ -84,6 +84,18 @@ def test_a_setting_out_of_all_bounds_is_refused_and_not_repeated_whole(
     assert "0" * 100 not in said
 
 
+@pytest.mark.parametrize("setting", ["ctx_sizes", "context", "", "revision"])
+def test_a_misspelt_setting_is_not_judged_as_if_it_were_understood(
+    client: Client, setting: str, tmp_path: Path, settings: Any
+) -> None:
+    settings.ASSISTANT_MODEL_DIRS = [tmp_path]
+    gguf_files.llama(tmp_path / "a.gguf")
+    model = ModelConfig.objects.create(name="small", chat_model_path="a.gguf")
+    body = {"ctx_size": 512, setting: 4096}
+    answer = client.post(f"/api/v1/models/{model.pk}/fit/", json.dumps(body), content_type="application/json")
+    assert (answer.status_code, list(answer.json())) == (400, [setting])
+
+
 @pytest.mark.parametrize("path", ["../../etc/passwd", "/etc/passwd", "nowhere.gguf"])
 @pytest.mark.parametrize("setting", ["draft_model", "lora"])
 def test_a_further_file_must_be_where_model_files_are_when_it_is_saved(
