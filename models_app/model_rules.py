@@ -23,7 +23,9 @@ MAX_OFFERED_FILES = 200
 
 
 def check_model(model: ModelConfig, changed: Collection[str]) -> None:
-    """Its name is not an alias's, its changed files are where model files may be, its extra arguments are an object."""
+    """Its name is not an alias's, its changed files are where model files may be, its extra arguments are an object, its
+    fixed port is one process's.
+    """
     errors: dict[str, str] = {}
     if ModelAlias.objects.filter(name=model.name).exists():
         errors["name"] = f"“{model.name}” is the name of an alias already; choose another or delete that alias."
@@ -33,6 +35,8 @@ def check_model(model: ModelConfig, changed: Collection[str]) -> None:
                 resolve_model_path(raw)
             except PathNotAllowed as error:
                 errors[field] = str(error)
+    if model.port is not None and len(model.parts) > 1 and {"port", "one_process", *PATH_FIELDS}.intersection(changed):
+        errors["port"] = f"Two processes cannot have one port; leave it empty, for each of {', '.join(model.parts)} has its own."
     if not isinstance(model.extra_args, dict):
         errors["extra_args"] = 'Give an object of names and values, such as {"cache_prompt": true}.'
     elif len(json.dumps(model.extra_args)) > MAX_EXTRA_ARGS:

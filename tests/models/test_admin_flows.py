@@ -192,6 +192,7 @@ def test_a_saved_model_asks_for_a_reconcile(browser: Client, django_capture_on_c
         ({"extra_args": "{"}, "extra_args", "valid JSON"),
         ({"slots": 0}, "slots", "greater than or equal to 1"),
         ({"min_replicas": 2}, "__all__", "min_replicas must not be above"),
+        ({"port": 9000, "embedding_model_path": "small.gguf"}, "port", "Two processes cannot have one port"),
     ],
 )
 @pytest.mark.usefixtures("folder")
