@@ -6,7 +6,8 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from models_app import catalog, engine_access, launch_spec
+from models_app import catalog, engine_access, fit, launch_spec
+from models_app.admission import Kind
 from models_app.doctor.finding import Context, Finding, fail, ok, warn
 from models_app.exceptions import CatalogError, PathNotAllowed, PreflightError
 from models_app.model_rules import PATH_FIELDS, resolve_model_path
@@ -26,7 +27,15 @@ def check_model(model: ModelConfig) -> Iterator[Finding]:
     problems = list(dict.fromkeys(filter(None, (_problem(model, part) for part in model.parts))))
     yield from (fail(f"{model.name} cannot start: {problem}") for problem in problems)
     if not problems:
-        yield ok(f"{model.name} could start on {model.engine}.")
+        yield judge_memory(model)
+
+
+def judge_memory(model: ModelConfig) -> Finding:
+    """Whether it would find room on this node with nothing else there."""
+    verdict = fit.judge_model(model).verdict
+    if verdict.kind == Kind.NEVER:
+        return fail(f"{model.name} cannot start: {verdict.sentence}")
+    return ok(f"{model.name} could start on {model.engine}.")
 
 
 def _problem(model: ModelConfig, part: str) -> str:

@@ -150,11 +150,14 @@ class TestRows:
             cut.write(demo_model.read_bytes()[:5_000_000])
         for name in ("good", "page", "cut", "missing", "outside"):
             make_model(name, chat_model_path="/etc/passwd" if name == "outside" else f"{name}.gguf")
+        make_model("huge", chat_model_path="good.gguf", ctx_size=1 << 24, slots=256)
         make_model("off", chat_model_path="missing.gguf", enabled=False)
         found = {finding.text.split()[0]: finding for finding in model_files.check(Context())}
         assert {name: finding.level.value for name, finding in found.items()} == {
             "good": "ok", "page": "fail", "cut": "fail", "missing": "fail", "outside": "fail",
+            "huge": "fail",
         }  # fmt: skip
+        assert "fits with ctx_size ≤" in found["huge"].text
         assert "saved web answer" in found["page"].text
         assert "truncated" in found["cut"].text
 
