@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 
 from django.utils import timezone
@@ -24,6 +25,7 @@ SLOW_S = 1.0
 QUICK_FOR_S = 5.0
 # A gateway acts on a snapshot up to a second old: so long it may still take up an instance that drains.
 SNAPSHOT_AGE_S = 1.2
+CLOCK_STEP_S = 5.0  # a state that began so far in the future began before the clock was set back
 
 
 def pace(instance: Instance) -> float:
@@ -32,11 +34,16 @@ def pace(instance: Instance) -> float:
 
 
 def in_state_s(instance: Instance) -> float:
-    return (timezone.now() - instance.state_changed_at).total_seconds()
+    """Seconds since its state began; endless where the clock was set back meanwhile, lest it stay for as long as that."""
+    elapsed = (timezone.now() - instance.state_changed_at).total_seconds()
+    return math.inf if elapsed < -CLOCK_STEP_S else elapsed
 
 
 def late(instance: Instance) -> bool:
-    return instance.deadline_at is not None and timezone.now() >= instance.deadline_at
+    """Whether its deadline has come, or cannot be told any more."""
+    if instance.deadline_at is None:
+        return False
+    return timezone.now() >= instance.deadline_at or in_state_s(instance) == math.inf
 
 
 def stop(instance: Instance) -> float | None:

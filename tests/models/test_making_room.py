@@ -254,6 +254,21 @@ def test_one_that_cannot_end_its_requests_in_time_goes_on(world: World) -> None:
     assert world.states("a") == [READY]
 
 
+@pytest.mark.parametrize(("reason", "after"), [(DrainReason.STOP, []), (DrainReason.YIELD, [READY])])
+def test_a_drain_comes_to_its_end_although_the_clock_was_set_back_meanwhile(
+    world: World, reason: DrainReason, after: list[State]
+) -> None:
+    """Its gateway works on, so that only the time can end the drain; the moments on record are hours ahead by then."""
+    model = on_demand(world, "a")
+    instance = loaded(world, "a")
+    world.gateway.begin("a")
+    lifecycle.draining(instance, reason)
+    world.pass_time(-4 * 3600)
+    if reason == DrainReason.STOP:
+        operations.stop_model(model)
+    world.until(lambda: world.states("a") == after)
+
+
 def test_a_model_of_higher_priority_makes_no_room_for_a_lower_one(world: World) -> None:
     a = on_demand(world, "a", priority=5)
     on_demand(world, "b")
