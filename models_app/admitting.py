@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TextIO
 
 from django.conf import settings
+from django.db.models import Q
 from django.utils import timezone
 
 from models_app import admission, fit, lifecycle, scheduling
@@ -96,11 +97,13 @@ def _others(instance: Instance) -> list[Instance]:
 
 
 def _ending(instance: Instance) -> bool:
-    """Something on its node ends soon by itself. A yield may take minutes and stops nobody else from being unloaded."""
+    """Something on its node ends soon by itself. A yield that takes longer stops nobody else from being unloaded."""
     here = Instance.objects.filter(node_id=instance.node_id)
     if here.filter(state=State.STOPPING).exists():
         return True
-    return here.filter(state=State.DRAINING).exclude(drain_reason=DrainReason.YIELD).exists()
+    before = timezone.now() - timedelta(seconds=lifecycle.EVICT_GRACE_S)
+    lasting = Q(drain_reason=DrainReason.YIELD, state_changed_at__lt=before)
+    return here.filter(state=State.DRAINING).exclude(lasting).exists()
 
 
 def _after_its_turn(instance: Instance, found: Answer) -> Answer:
@@ -198,14 +201,23 @@ def _may_yield(one: Instance, config: ModelConfig, part: str) -> bool:
     return settled and not one.model.pinned and one.model.priority <= config.priority
 
 
+def _manner(instance: Instance, victim: Instance) -> DrainReason:
+    """How an idle one goes. For whoever is starved it does not come back for each request that is made meanwhile, or one that
+    is asked for every other second would never go.
+    """
+    config = instance.model
+    yields = _starved(instance) and config is not None and _may_yield(victim, config, instance.part)
+    return DrainReason.YIELD if yields else DrainReason.EVICT
+
+
 def hold_back(instance: Instance, answer: Answer) -> None:
     """Say why it waits, and let those that are unloaded for it drain."""
     if instance.hold != answer.hold:
         log.info("%s waits: %s", instance, answer.sentence)
     lifecycle.held(instance, answer.hold, answer.sentence, answer.wanted, answer.needs_bytes)
-    for victim in Instance.objects.filter(pk__in=answer.victims, state=State.READY).select_related("node"):
+    for victim in Instance.objects.filter(pk__in=answer.victims, state=State.READY).select_related("node", "model"):
         try:
-            lifecycle.draining(victim, DrainReason.EVICT, f"Unloaded to make room for {instance.model_name}.")
+            lifecycle.draining(victim, _manner(instance, victim), f"Unloaded to make room for {instance.model_name}.")
             log.info("%s is unloaded to make room for %s", victim, instance)
         except StaleTransition as error:
             log.info("Overtaken: %s", error)

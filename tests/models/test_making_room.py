@@ -244,6 +244,25 @@ def test_whoever_waits_for_long_gets_the_room_of_the_one_loaded_first_once_its_r
     assert world.states("b") == [READY]
 
 
+def test_whoever_waits_for_long_gets_the_room_of_one_that_is_asked_for_again_and_again(world: World) -> None:
+    """Between two short requests it is idle, and each time its unload has begun the next request calls that off."""
+    a = on_demand(world, "a")
+    on_demand(world, "b")
+    room_for(world, a, 1.5)
+    first = loaded(world, "a")
+    world.gateway.begin("b")
+
+    def short_requests_go_on() -> bool:
+        if world.states("a") == [DRAINING]:
+            world.gateway.begin("a")
+            provisioning.advance(world.one("a"))  # looked at again long before the next round
+            world.gateway.look()
+        world.gateway.end((first.pk, 1))
+        return world.states("b") == [READY]
+
+    world.until(short_requests_go_on)
+
+
 def test_one_that_cannot_end_its_requests_in_time_goes_on(world: World) -> None:
     on_demand(world, "a")
     instance = loaded(world, "a")
