@@ -127,6 +127,34 @@ def expected(vendor: str) -> set[tuple[str, str]]:
     return {found for statement in statements for found in re.findall(r"CREATE TRIGGER (\w+) .*? ON (\w+)", statement)}
 
 
+PRESENT = {
+    "sqlite": "SELECT name, tbl_name FROM sqlite_master WHERE type = 'trigger' AND name LIKE 'revision#_%%' ESCAPE '#'",
+    "postgresql": "SELECT t.tgname, c.relname FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid "
+    "WHERE NOT t.tgisinternal AND t.tgname LIKE 'revision#_%%' ESCAPE '#'",
+}
+
+
+def fit(connection: BaseDatabaseWrapper) -> bool:
+    """Whether the database has every table and column that they name."""
+    tables = set(connection.introspection.table_names())
+    named = [(one.table, one.columns) for one in (*WATCHED, *PARENTS)]
+    if not tables.issuperset(["models_app_revision", "models_app_tombstone", *(table for table, _ in named)]):
+        return False
+    with connection.cursor() as cursor:
+        return all(
+            {column.name for column in connection.introspection.get_table_description(cursor, table)}.issuperset(columns)
+            for table, columns in named
+        )
+
+
+def remove(connection: BaseDatabaseWrapper) -> None:
+    """Drop every trigger of ours, of whatever version; install() makes the present ones."""
+    with connection.cursor() as cursor:
+        cursor.execute(PRESENT[connection.vendor], [])
+        for name, table in cursor.fetchall():
+            cursor.execute(f"DROP TRIGGER {name}" + (f" ON {table}" if connection.vendor == "postgresql" else ""))
+
+
 def install(connection: BaseDatabaseWrapper) -> None:
     """Create or replace every trigger, make the counter row, and start a new epoch so that gateways reload everything."""
     statements = {"sqlite": _sqlite, "postgresql": _postgresql}[connection.vendor]
