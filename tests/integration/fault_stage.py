@@ -193,6 +193,11 @@ class Stage:
     def incidents(self, name: str) -> list[dict[str, Any]]:
         return self.rows("SELECT * FROM models_app_incident WHERE model_name = ? ORDER BY id DESC", name)
 
+    def first_incident(self, name: str) -> dict[str, Any]:
+        """The model's first failure. Its state would be gone at once: the first restart is immediate."""
+        seen: dict[str, Any] = wait_until(lambda: self.incidents(name), PATIENCE_S, f"an incident of {name}")[-1]
+        return seen
+
     # Requests
 
     def ask(

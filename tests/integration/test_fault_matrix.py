@@ -78,7 +78,6 @@ def test_a_shim_that_is_killed_takes_its_engine_with_it_and_both_come_back(stage
 def test_an_engine_that_ends_while_it_loads_is_tried_again_and_explained(stage: Stage) -> None:
     words = ["llama_model_load: error loading model: unknown model architecture: 'future'"]
     number = stage.model("stillborn", {"exit_at_load": 1, "say": words})
-    stage.wait("stillborn", "FAILED")
     wait_until(lambda: len(stage.incidents("stillborn")) >= 2, 30, "the second try")
     seen = stage.incidents("stillborn")[0]
     assert seen["diagnosis"] == "unsupported_model"
@@ -100,11 +99,10 @@ def test_an_engine_that_never_gets_ready_is_ended_at_its_deadline(stage: Stage) 
     wait_until(lambda: stage.instance("endless")["pid"], 20, "its process")
     pid = stage.instance("endless")["pid"]
     stage.write("UPDATE models_app_instance SET deadline_at = started_at WHERE id = ?", row["id"])
-    stage.wait("endless", "FAILED", "CRASH_LOOP")
-    seen = stage.incidents("endless")[0]
+    seen = stage.first_incident("endless")
     assert seen["diagnosis"] == "start_timeout"
     assert "still loading" in seen["reason"]
-    assert not psutil.pid_exists(pid)
+    wait_until(lambda: not psutil.pid_exists(pid), 10, "its end")
     stage.record(
         "engine never ready", None, None, "waits as for a load; 503 model_loading with progress", "FAILED with the last line"
     )
@@ -113,8 +111,7 @@ def test_an_engine_that_never_gets_ready_is_ended_at_its_deadline(stage: Stage) 
 
 def test_a_server_that_does_not_know_our_key_is_never_taken_for_our_engine(stage: Stage) -> None:
     stage.model("stranger", {"other_key": True})
-    stage.wait("stranger", "FAILED", "CRASH_LOOP")
-    assert stage.incidents("stranger")[0]["diagnosis"] == "wrong_server"
+    assert stage.first_incident("stranger")["diagnosis"] == "wrong_server"
     assert not [row for row in stage.rows("SELECT * FROM models_app_instance WHERE model_name = 'stranger'") if row["ready_at"]]
     stage.record("wrong server on the port", None, None, "nothing is sent to it", "FAILED: another program answers")
     stage.remove("stranger")
