@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -226,12 +226,16 @@ class Stage:
 
     def program_of(self, *words: str) -> psutil.Process:
         """The platform's own process with these words on its command line."""
-        found = self.platform.processes(*words)
-        return min(found, key=lambda process: process.create_time())
+        return min(self.platform.processes(*words), key=lambda process: process.create_time())
 
     def engines(self) -> list[psutil.Process]:
         """Every engine process of this home that lives."""
-        return [one for one in self.platform.processes(str(self.program)) if "shim" not in " ".join(one.cmdline())]
+        found = []
+        for process in self.platform.processes(str(self.program)):
+            with suppress(psutil.NoSuchProcess):  # it may end while it is looked at
+                if "shim" not in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
 
     def orphans(self) -> list[int]:
         """Engines that no row accounts for."""
