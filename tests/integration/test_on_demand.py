@@ -132,11 +132,11 @@ def test_three_models_that_do_not_fit_together_take_turns(stage: Stage) -> None:
     ended: Counter[str] = Counter()
     waits: list[float] = []
     wrong: list[str] = []
-    until = time.monotonic() + SOAK_S
+    until, stop = time.monotonic() + SOAK_S, threading.Event()
 
     def ask_in_turn(first: int) -> None:
         for name in islice(cycle(names), first, None):
-            if time.monotonic() > until:
+            if time.monotonic() > until or stop.is_set():
                 return
             began = time.monotonic()
             how, detail = stage.ask(name, stream=first % 2 == 0)
@@ -149,10 +149,15 @@ def test_three_models_that_do_not_fit_together_take_turns(stage: Stage) -> None:
     for thread in threads:
         thread.start()
     most, told = 0, set()
-    while any(thread.is_alive() for thread in threads):
-        most = max(most, len(stage.engines()))
-        told |= {row["hold_reason"] for row in stage.rows("SELECT hold_reason FROM models_app_instance WHERE hold = 'memory'")}
-        time.sleep(0.2)
+    try:
+        while any(thread.is_alive() for thread in threads):
+            most = max(most, len(stage.engines()))
+            told |= {
+                row["hold_reason"] for row in stage.rows("SELECT hold_reason FROM models_app_instance WHERE hold = 'memory'")
+            }
+            time.sleep(0.2)
+    finally:
+        stop.set()
     assert wrong == []
     assert all(ended[f"{name} ok"] > 0 for name in names), ended
     assert most <= 2, "more were loaded than fit"
